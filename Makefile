@@ -1,0 +1,30 @@
+# make demo    build .venv and train on four ranks, on real digits
+# make test    build .venv and run all tests (those that need MNIST skip unless NOPROP_DATA names a folder that holds it)
+# make lint    ruff, mypy, import-linter
+
+PYTHON ?= python3
+RANKS ?= 4
+ARGS ?=
+BIN := .venv/bin
+
+.PHONY: demo test lint clean
+
+demo: .venv/installed
+	$(BIN)/torchrun --nproc_per_node=$(RANKS) -m noprop_dist.train $(ARGS)
+
+test: .venv/installed
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: .venv/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+.venv/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+clean:
+	rm -rf .venv build *.egg-info

@@ -1,0 +1,115 @@
+"""Inference along the chain of blocks: what one rank does with its part of it, and what a whole model does with all of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from noprop_dist.config import Card
+from noprop_dist.data import Pixels
+from noprop_dist.method.discrete import Discrete
+from noprop_dist.nets.block import Block
+from noprop_dist.nets.labels import LabelSpace, nearest
+from noprop_dist.nets.precision import autocast, lay_out
+from noprop_dist.seeding import generator
+
+PATHS = ("mean", "stochastic", "average")
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Accuracies (0–1) on a test set: by each way of predicting, and of every used block's own û on the mean path."""
+
+    mean: float
+    stochastic: float
+    average: float
+    blocks: tuple[float, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """A JSON value."""
+        return asdict(self)
+
+
+class Segment:
+    """Blocks of a chain, ready for inference: all of them, or those of one rank.
+
+    ``card.inference`` says how many chains run and where they end. Noise is a pure function of (run.seed, t, batch number),
+    drawn on the CPU, so that a chain gives the same result however it is cut into segments.
+    """
+
+    def __init__(self, card: Card, blocks: Mapping[int, Block], embedding: Tensor, pixels: Pixels) -> None:
+        self._card, self._embedding, self._pixels = card, embedding, pixels
+        self._method = Discrete(card.method, card.model.blocks)
+        self.used = card.inference.blocks or card.model.blocks
+        self.blocks = {index: block.eval() for index, block in blocks.items() if index < self.used}
+        self.device = embedding.device
+
+    def start(self, size: int, batch: int) -> Tensor:
+        """Paths of batch number ``batch`` before the first block, (rows, size, d); see method.discrete."""
+        return self._method.start(self._noise(0, size, batch))
+
+    def empty(self, size: int) -> Tensor:
+        """A tensor of the shape of paths, on the CPU."""
+        return torch.empty(self._card.inference.samples + 2, size, self._embedding.shape[1])
+
+    @torch.no_grad()
+    def encode(self, images: Tensor) -> dict[int, Tensor]:
+        """Every block's features of uint8 images (B, C, H, W)."""
+        x = lay_out(self._card.train, self._pixels.normalise(images))
+        with autocast(self._card.train, self.device):
+            return {index: block.encode(x) for index, block in self.blocks.items()}
+
+    @torch.no_grad()
+    def advance(self, features: Mapping[int, Tensor], paths: Tensor, batch: int) -> tuple[Tensor, dict[int, Tensor]]:
+        """Take the paths through these blocks. Also returns the class (B,) that each block's û names on the mean path."""
+        guesses = {}
+        for index, block in self.blocks.items():
+
+            def denoise(z: Tensor, block: Block = block, index: int = index) -> Tensor:
+                rows = features[index].repeat(len(z), 1)
+                with autocast(self._card.train, self.device):
+                    return block.denoise(z.flatten(0, 1), rows, self._embedding).view_as(z)
+
+            noise = self._noise(index + 1, paths.shape[1], batch)
+            paths, estimate = self._method.advance(index + 1, denoise, paths, noise, self.used)
+            guesses[index] = nearest(estimate, self._embedding)
+        return paths, guesses
+
+    def _noise(self, t: int, size: int, batch: int) -> Tensor:
+        shape = (self._card.inference.samples, size, self._embedding.shape[1])
+        return torch.randn(shape, generator=generator(self._card.run.seed, "inference", t, batch)).to(self.device)
+
+
+@torch.no_grad()
+def read_out(labels: LabelSpace, paths: Tensor) -> Tensor:
+    """Log-probabilities (3, B, m) from finished paths, in the order of PATHS; several stochastic chains are averaged."""
+    probabilities: Tensor = labels(paths).softmax(dim=-1)
+    return torch.stack([probabilities[0], probabilities[1:-1].mean(dim=0), probabilities[-1]]).log()
+
+
+@dataclass
+class Tally:
+    """Counts hits over a test set."""
+
+    seen: int = 0
+    hits: Tensor = field(default_factory=lambda: torch.zeros(len(PATHS), dtype=torch.int64))
+    blocks: dict[int, int] = field(default_factory=dict)
+
+    def chain(self, log_probabilities: Tensor, labels: Tensor) -> None:
+        """Add a batch of :func:`read_out` (3, B, m) against labels (B,)."""
+        self.seen += len(labels)
+        self.hits += (log_probabilities.argmax(dim=-1) == labels).sum(dim=1).cpu()
+
+    def estimates(self, guesses: Mapping[int, Tensor], labels: Tensor) -> None:
+        """Add a batch of the blocks' guesses (B,)."""
+        for index, guess in guesses.items():
+            self.blocks[index] = self.blocks.get(index, 0) + int((guess == labels).sum())
+
+    def scores(self, used: int) -> Scores:
+        """Hits as shares; ``used`` is the number of blocks in the chain."""
+        mean, stochastic, average = (hits / self.seen for hits in self.hits.tolist())
+        return Scores(mean, stochastic, average, tuple(self.blocks[index] / self.seen for index in range(used)))

@@ -1,0 +1,17 @@
+"""Data sets, the order in which training sees them, and what happens to pixels before a network sees them."""
+
+from noprop_dist.data.augment import Pixels, resolve_augment
+from noprop_dist.data.order import test_indices, train_indices
+from noprop_dist.data.sets import DataInfo, DataSet, Split, describe, open_data
+
+__all__ = [
+    "DataInfo",
+    "DataSet",
+    "Pixels",
+    "Split",
+    "describe",
+    "open_data",
+    "resolve_augment",
+    "test_indices",
+    "train_indices",
+]

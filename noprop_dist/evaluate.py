@@ -1,0 +1,66 @@
+"""Evaluate a run, or a gathered model, in one process; prints one JSON object.
+
+    python -m noprop_dist.evaluate RUN_OR_MODEL [--inference.path stochastic] [--inference.samples 5] [--data.root DIR]
+
+With no settings it repeats the run's own accuracy. A run that was cut off is evaluated at its newest whole checkpoint.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+from noprop_dist import command
+from noprop_dist.checkpoint import LABELS, block_file, newest_whole
+from noprop_dist.config import UserError, load_card, read_card
+from noprop_dist.data import open_data
+from noprop_dist.files import read, unpack
+from noprop_dist.learner import inference_state
+from noprop_dist.model import CONFIG, NoPropModel
+from noprop_dist.parallel.world import choose_device, set_threads
+from noprop_dist.runs import RunFolder, differences
+
+
+def main(argv: list[str]) -> None:
+    """Print the accuracy of each path and of every block's û."""
+    parser = argparse.ArgumentParser(prog="python -m noprop_dist.evaluate", description=__doc__, allow_abbrev=False)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("folder", type=Path, help="a run's folder, or its model's")
+    folder = parser.parse_known_args([word for word in argv if word not in ("-h", "--help")] or [""])[0].folder
+    model = load(folder) if folder.exists() else None
+    card, _ = read_card(parser, argv, base=model.card if model else None)
+    if model is None:
+        raise UserError(f"{folder}: no such folder; name a run's folder or its model's")
+    if changed := differences(model.card.model_dump(mode="json"), card.model_dump(mode="json")):
+        raise UserError(f"command line: this model cannot be evaluated with {'; '.join(changed)}; leave those out")
+    set_threads(card.parallel)
+    model.to(choose_device(card.parallel, 0, 1)[0])
+    scores = model.evaluate(open_data(card.data).test, **card.inference.model_dump())
+    accuracy = {"mean": scores.mean, "stochastic": scores.stochastic, "average": scores.average}
+    path = card.inference.path
+    print(json.dumps({"test_accuracy": accuracy[path], "path": path, "accuracy": accuracy, "blocks": scores.blocks}))
+
+
+def load(folder: Path) -> NoPropModel:
+    """The model of a run's or a model's folder. Raises UserError where there is none."""
+    run = RunFolder(folder)
+    for place in (folder, run.model):
+        if (place / CONFIG).exists():
+            return NoPropModel.from_pretrained(place)
+    newest, refused = newest_whole(run.checkpoints)
+    if newest is None:
+        reason = refused[0] if refused else "neither a model nor a checkpoint here; name a run's folder or its model's"
+        raise UserError(f"{folder}: {reason}")
+    card = load_card(run.card)
+    info = open_data(card.data).info
+    blocks = {index: _state(newest / block_file(index)) for index in range(card.model.blocks)}
+    return NoPropModel.from_parts(card, info, blocks, _state(newest / LABELS))
+
+
+def _state(path: Path):  # type: ignore[no-untyped-def]
+    return inference_state(unpack(read(path), path))
+
+
+if __name__ == "__main__":
+    command.run(main)

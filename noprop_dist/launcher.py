@@ -1,0 +1,174 @@
+"""From a card to a finished run: check everything, meet the other ranks, build, train."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from noprop_dist import files
+from noprop_dist.config import Card, UserError, dump_card
+from noprop_dist.data import DataInfo, DataSet, describe, open_data, resolve_augment
+from noprop_dist.model import NoPropModel
+from noprop_dist.nets.block import resolve_backbone
+from noprop_dist.nets.cost import block_cost
+from noprop_dist.parallel.feed import Feed, message_size
+from noprop_dist.parallel.placement import COORDINATOR, place
+from noprop_dist.parallel.world import World, rank_and_size, set_threads
+from noprop_dist.report.console import log, print_placement, set_up_logging, size
+from noprop_dist.runs import RunFolder, claim_folder, differences, find_start
+from noprop_dist.trainer import Trainer
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What a run leaves, on the coordinator; elsewhere {} and None."""
+
+    summary: dict[str, Any]
+    """What summary.json holds."""
+    model: NoPropModel | None
+    """The gathered model."""
+
+
+def train(card: Card | None = None, init_method: str = "env://") -> TrainResult:
+    """Train as the card says, on the ranks that torchrun started (on one rank without it).
+
+    Args:
+        card: all settings; default: NoProp-DT on scikit-learn's digits.
+        init_method: where ranks meet, as torch.distributed names it (``env://`` or ``file:///a/new/file``).
+
+    Raises:
+        UserError: for a mistake in card, data or files, before any process group is formed.
+        PeerError: when another rank fails or stalls; the message names it.
+    """
+    card = card or Card()
+    rank, ranks = rank_and_size()
+    set_up_logging(rank)
+    placement = place([1.0] * card.model.blocks, ranks)  # the blocks of NoProp-DT are alike
+    threads = set_threads(card.parallel)
+    world = World(card.parallel, init_method)
+    plan = _agree(card, threads, world)
+    world.connect(placement)
+    card, info = plan.card, plan.info
+    log.info(
+        "run %s: %d blocks on %d rank%s (%s, %s, %d thread%s), data %s %s, %d training and %d test images",
+        plan.folder.path, card.model.blocks, ranks, "s" * (ranks > 1), world.device, world.backend, threads,
+        "s" * (threads > 1), info.name, info.shape, info.train_size, info.test_size,
+    )  # fmt: skip
+    if ranks > 1 and world.device.type == "cuda" and world.backend == "gloo":
+        log.info("batches travel through the host's memory: gloo carries them (ranks share a GPU, or the card asks for it)")
+    with _global_state(card, world.device):
+        feed = Feed(card, info, world, plan.data)
+        try:
+            summary, model = Trainer(card, info, world, placement, feed, plan.folder).run(plan.start, plan.checkpoint)
+        except UserError as error:
+            raise UserError(f"rank {rank}: {error}") from None
+    world.close()
+    return TrainResult(summary, model)
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """What all ranks have agreed on. ``data`` is there on the coordinator only."""
+
+    card: Card
+    info: DataInfo
+    data: DataSet | None
+    folder: RunFolder
+    checkpoint: Path | None
+    start: int
+
+
+def _agree(card: Card, threads: int, world: World) -> _Plan:
+    """Check what only one rank can check, and tell the others, at the store: before any process group is formed."""
+    opened: list[DataSet] = []
+
+    def open_and_check() -> dict[str, Any]:
+        data = open_data(card.data)
+        resolve_backbone(card.model, data.info.shape)
+        opened.append(data)
+        return data.info.to_json()
+
+    info = DataInfo.from_json(world.publish("data", open_and_check))
+    card = resolve(card, info)
+    theirs = world.publish("card", lambda: card.model_dump(mode="json"))
+    if other := differences(theirs, card.model_dump(mode="json")):
+        raise UserError(f"rank {world.rank}: its card is not rank 0's: {'; '.join(other)}; give all ranks the same card")
+    parallel = card.parallel.model_copy(update={"threads": threads})  # a sum's last bit depends on it
+    card = card.model_copy(update={"parallel": parallel})
+    name, checkpoint, start = world.publish("start", lambda: _begin(card))
+    card, folder = _with_name(card, name), RunFolder(card.run.dir / name)
+    return _Plan(card, info, opened[0] if opened else None, folder, Path(checkpoint) if checkpoint else None, start)
+
+
+def resolve(card: Card, info: DataInfo) -> Card:
+    """The card with every "auto" that decides what is computed replaced by what it means for these data."""
+    data = card.data.model_copy(update={"augment": resolve_augment(card.data)})
+    model = card.model.model_copy(update={"backbone": resolve_backbone(card.model, info.shape)})
+    return card.model_copy(update={"data": data, "model": model})
+
+
+def dry_run(card: Card, ranks: int) -> None:
+    """Print who would own what, and what it costs. Starts nothing; reads no data that has a known shape."""
+    info = describe(card.data)
+    cost = block_cost(resolve(card, info), info.shape, len(info.classes))
+    placement = place([cost.flops] * card.model.blocks, ranks)
+    message = message_size(card.data.batch_size, info.shape) if card.parallel.feed == "stream" else 0
+    rows = [
+        {
+            "rank": rank,
+            "blocks": f"{owned[0]}-{owned[-1]}",
+            "parameters": cost.parameters * len(owned),
+            "memory": cost.state * len(owned) + cost.activations,
+            "sent": message * (ranks - 1) if rank == COORDINATOR else 0,
+            "received": 0 if rank == COORDINATOR else message,
+        }
+        for rank, owned in enumerate(placement.ranges)
+    ]
+    notes = [
+        f"{info.name} {info.shape}, {len(info.classes)} classes, {info.train_size} training and {info.test_size} test images",
+        f"a block: {cost.parameters:,} parameters, {cost.flops / 1e9:.2f} GFLOP a step, {size(cost.state)} weights, gradients "
+        f"and optimizer, {size(cost.activations)} activations (one block's at a time)",
+        "memory: tensors of training, without Python, torch and the data",
+    ]
+    if card.parallel.feed == "resident":
+        data = sum(message_size(count, info.shape) for count in (info.train_size, info.test_size))
+        notes.append(f"resident: {size(data)} to every other rank once, nothing per step")
+    print_placement(rows, notes)
+
+
+def _with_name(card: Card, name: str) -> Card:
+    return card.model_copy(update={"run": card.run.model_copy(update={"name": name})})
+
+
+def _begin(card: Card) -> tuple[str, str | None, int]:
+    """Find the run's name, checkpoint and step, and write its card: the coordinator's work."""
+    named = RunFolder(card.run.dir / card.run.name) if card.run.name else None
+    checkpoint, step, notes = find_start(card, named.checkpoints if named else None)
+    for note in notes:
+        log.warning("%s", note)
+    if checkpoint:
+        log.info("resumes %s", checkpoint)
+    folder = named or RunFolder(claim_folder(card.run.dir))
+    files.write(folder.card, dump_card(_with_name(card, folder.path.name)).encode())
+    return folder.path.name, (str(checkpoint.absolute()) if checkpoint else None), step
+
+
+@contextlib.contextmanager
+def _global_state(card: Card, device: torch.device) -> Iterator[None]:
+    """Lend torch's global switches and generators to the run, and give them back as they were."""
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    if card.debug.enabled:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+    devices = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices), torch.autograd.set_detect_anomaly(card.debug.enabled):
+        try:
+            yield
+        finally:
+            torch.use_deterministic_algorithms(deterministic)

@@ -1,0 +1,112 @@
+"""A module with an optimizer of its own: how one block, or the head, learns from its own loss, and what of it is saved."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from noprop_dist.config import OptimCard
+
+
+def learning_rate(card: OptimCard, step: int, total: int) -> float:
+    """The learning rate of step 0…total−1: a pure function, so there is no scheduler state to save."""
+    if card.schedule == "one-cycle":
+        peak = max(1, round(0.3 * total))
+        if step < peak:
+            return _cosine(card.lr / 25, card.lr, step / peak)
+        return _cosine(card.lr, card.lr / 1e4, (step - peak) / max(1, total - 1 - peak))
+    if step < card.warmup_steps:
+        return card.lr * (step + 1) / card.warmup_steps
+    if card.schedule == "cosine":
+        return _cosine(card.lr, 0.0, (step - card.warmup_steps) / max(1, total - card.warmup_steps))
+    return card.lr
+
+
+def _cosine(start: float, end: float, share: float) -> float:
+    return end + (start - end) * (1 + math.cos(math.pi * min(share, 1.0))) / 2
+
+
+class Learner:
+    """``module`` and its optimizer; ``inference`` is the module to predict with (its moving average where there is one)."""
+
+    def __init__(self, module: nn.Module, card: OptimCard, total_steps: int) -> None:
+        self.module = module
+        self._card, self._total = card, total_steps
+        self._parameters = dict(module.named_parameters())
+        self.optimizer = _optimizer(card, list(self._parameters.values()))
+        self.inference = copy.deepcopy(module).requires_grad_(False) if card.ema else module
+
+    def update(self, loss: Tensor, step: int) -> None:
+        """One optimizer step on a scalar loss."""
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()  # type: ignore[no-untyped-call]
+        if self._card.clip_norm:
+            nn.utils.clip_grad_norm_(self._parameters.values(), self._card.clip_norm)
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(self._card, step, self._total)
+        self.optimizer.step()
+        if self.inference is not self.module:
+            self._average()
+
+    def gradient_norm(self) -> float:
+        """Euclidean norm of the last gradient (after clipping)."""
+        gradients = [parameter.grad for parameter in self._parameters.values() if parameter.grad is not None]
+        return float(nn.utils.get_total_norm(gradients))
+
+    @torch.no_grad()
+    def _average(self) -> None:
+        averages: list[Tensor] = list(self.inference.parameters())
+        now: list[Tensor] = list(self._parameters.values())
+        torch._foreach_lerp_(averages, now, 1 - self._card.ema)
+        for average, buffer in zip(self.inference.buffers(), self.module.buffers(), strict=True):
+            average.copy_(buffer)
+
+    def state(self) -> dict[str, Tensor]:
+        """Everything to be saved: ``model.*``, ``optimizer.<state>.<parameter>``, and ``ema.*`` where there is one."""
+        tensors = {f"model.{name}": value for name, value in self.module.state_dict().items()}
+        for name, parameter in self._parameters.items():
+            for key, value in self.optimizer.state.get(parameter, {}).items():
+                if isinstance(value, Tensor):
+                    tensors[f"optimizer.{key}.{name}"] = value
+        if self.inference is not self.module:
+            tensors |= {f"ema.{name}": value for name, value in self.inference.state_dict().items()}
+        return tensors
+
+    def load(self, tensors: Mapping[str, Tensor]) -> None:
+        """Take back what :meth:`state` gave. Raises RuntimeError where names or shapes do not fit."""
+        self.module.load_state_dict(_part(tensors, "model."))
+        if self.inference is not self.module:
+            self.inference.load_state_dict(inference_state(tensors))
+        for name, value in _part(tensors, "optimizer.").items():
+            key, parameter_name = name.split(".", 1)
+            parameter = self._parameters[parameter_name]
+            # in the parameter's memory format: the fused optimizers walk both side by side
+            like = torch.empty_like(parameter) if value.shape == parameter.shape else torch.empty_like(value)
+            self.optimizer.state[parameter][key] = like.copy_(value).detach()
+
+
+def inference_state(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """From what :meth:`Learner.state` gave, the state dict of the module to predict with."""
+    return _part(tensors, "ema.") or _part(tensors, "model.")
+
+
+def _part(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+
+
+def _optimizer(card: OptimCard, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+    if card.name == "sgd":
+        return torch.optim.SGD(
+            parameters,
+            lr=card.lr,
+            momentum=card.momentum,
+            weight_decay=card.weight_decay,
+            nesterov=card.momentum > 0,
+            fused=True,
+        )
+    kind = torch.optim.AdamW if card.name == "adamw" else torch.optim.Adam
+    return kind(parameters, lr=card.lr, weight_decay=card.weight_decay, fused=True)

@@ -1,0 +1,183 @@
+"""What a run measures: scalars from every rank to the coordinator, its TensorBoard and bar, and the summary at the end."""
+
+from __future__ import annotations
+
+import contextlib
+import resource
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from noprop_dist.chain import PATHS, Scores
+from noprop_dist.config import Card
+from noprop_dist.learner import learning_rate
+from noprop_dist.parallel.placement import Placement
+from noprop_dist.parallel.scalars import Rows, gather_rows
+from noprop_dist.parallel.traffic import KINDS
+from noprop_dist.parallel.world import World
+from noprop_dist.report.board import Board
+from noprop_dist.report.console import Bar, log
+
+PARTS = ("loss", "train accuracy", "gradient norm")
+
+
+class RunLog:
+    """Gathers a run's figures. All ranks have one; the coordinator's shows and keeps them."""
+
+    def __init__(self, card: Card, world: World, placement: Placement, folder: Path, start: int, total: int) -> None:
+        self._card, self._world, self._placement = card, world, placement
+        self._start, self._total = start, total
+        self._board = Board(folder, start) if world.is_coordinator else None
+        self._bar = Bar(world.rank, start, total)
+        self._first = placement.ranges[world.rank].start
+        self._sums = torch.zeros(len(PARTS), len(placement.ranges[world.rank]), dtype=torch.float64, device=world.device)
+        self._counted = 0
+        self._running = self._waiting = 0.0  # seconds of training, and of waiting for others within them
+        self._under_way: tuple[int, Rows] | None = None
+        self._losses: dict[int, float] = {}
+
+    @contextlib.contextmanager
+    def training(self) -> Iterator[None]:
+        """Count what happens inside as training time (evaluation and saving are left out)."""
+        begin, waited = time.perf_counter(), sum(self._world.traffic.waited.values())
+        yield
+        self._running += time.perf_counter() - begin
+        self._waiting += sum(self._world.traffic.waited.values()) - waited
+
+    def add(self, index: int, loss: Tensor, hits: Tensor) -> None:
+        """A block's loss (scalar) and the hits (B,) of its û on one batch. Does not synchronise with the device."""
+        self._sums[0, index - self._first] += loss
+        self._sums[1, index - self._first] += hits.double().mean()
+
+    def debug(self, index: int, norm: float, tensors: Mapping[str, Tensor]) -> None:
+        """With --debug: a block's gradient norm, and on the first step the shapes of what it computed."""
+        self._sums[2, index - self._first] += norm
+        if self._world.step == self._start:
+            shapes = ", ".join(f"{name} {tuple(tensor.shape)} {tensor.dtype}" for name, tensor in tensors.items())
+            log.info("block %d: %s", index, shapes)
+
+    def step(self, done: int) -> None:
+        """``done`` steps are complete. Now and then, send this rank's means off and show those sent the time before."""
+        self._counted += 1
+        self._bar.update(done)
+        if done % self._card.train.log_every == 0 or done == self._total:
+            self._flush()
+            mine = (self._sums / self._counted).flatten().cpu()
+            lengths = [len(PARTS) * len(owned) for owned in self._placement.ranges]
+            self._under_way = done, gather_rows(self._world, mine, lengths)
+            self._sums.zero_()
+            self._counted = 0
+
+    def scores(self, scores: Scores) -> None:
+        """Show an evaluation."""
+        step = self._world.step
+        chain = "  ".join(f"{path} {getattr(scores, path):.2%}" for path in PATHS)
+        blocks = f"û {min(scores.blocks):.2%}-{max(scores.blocks):.2%}"
+        self._bar.say(f"step {step}/{self._total}  test: {chain}  {blocks}")
+        if self._board:
+            values = {f"test accuracy/{path}": getattr(scores, path) for path in PATHS}
+            values |= {_tag(index, "test accuracy"): value for index, value in enumerate(scores.blocks)}
+            self._board.scalars(step, values)
+
+    def summary(self, scores: Scores | None) -> dict[str, Any]:
+        """All of the end table, on the coordinator; nothing elsewhere. Every rank calls it."""
+        self._flush()
+        world, card = self._world, self._card
+        samples = (world.step - self._start) * card.data.batch_size
+        traffic = world.traffic
+        own = [samples / self._running if samples else 0.0, peak_memory(world.device), self._busy]
+        counts = len(own) + len(KINDS)
+        # this very row is on its way too
+        traffic_after = dict(traffic.sent)
+        if not world.is_coordinator:
+            traffic_after["scalars"] += 8 * counts
+        mine = torch.tensor([*own, *traffic_after.values()], dtype=torch.float64)
+        rows = [row.tolist() for row in gather_rows(world, mine, [counts] * world.size).wait()]
+        if scores is None or not rows:
+            return {}
+        accuracy = {path: getattr(scores, path) for path in PATHS}
+        used = dict(enumerate(scores.blocks))
+        return {
+            "test_accuracy": accuracy[card.inference.path],
+            "path": card.inference.path,
+            "accuracy": accuracy,
+            "ranks": world.size,
+            "steps": world.step,
+            "samples_per_second": min(row[0] for row in rows),
+            "peak_memory_bytes": int(max(row[1] for row in rows)),
+            "busy_share": sum(row[2] for row in rows) / world.size,
+            "per_rank": [
+                {
+                    "rank": rank,
+                    "blocks": list(self._placement.ranges[rank]),
+                    "samples_per_second": row[0],
+                    "peak_memory_bytes": int(row[1]),
+                    "busy_share": row[2],
+                }
+                for rank, row in enumerate(rows)
+            ],
+            "blocks": [
+                {
+                    "index": index,
+                    "rank": self._placement.owner(index),
+                    "loss": self._losses.get(index),
+                    "accuracy": used.get(index),
+                }
+                for index in range(card.model.blocks)
+            ],
+            "bytes": {kind: int(sum(row[len(own) + number] for row in rows)) for number, kind in enumerate(KINDS)},
+        }
+
+    def close(self) -> None:
+        """Stop the bar, close the event file."""
+        self._bar.close()
+        if self._board:
+            self._board.close()
+
+    @property
+    def _busy(self) -> float:
+        return 1 - self._waiting / self._running if self._running else 1.0
+
+    def _flush(self) -> None:
+        """Show the scalars under way. They were sent long ago, so hardly anyone waits."""
+        if self._under_way is None:
+            return
+        done, rows = self._under_way
+        self._under_way = None
+        figures = [row.view(len(PARTS), -1) for row in rows.wait()]
+        if self._board is None:
+            return
+        losses, accuracies, norms = torch.cat(figures, dim=1).tolist()
+        speed = (done - self._start) * self._card.data.batch_size / self._running
+        self._losses = dict(enumerate(losses))
+        values = {
+            "learning rate": learning_rate(self._card.optim, done - 1, self._total),
+            "samples per second": speed,
+            "busy share of rank 0": self._busy,
+        }
+        values |= {f"bytes sent by rank 0/{kind}": count for kind, count in self._world.traffic.sent.items()}
+        for part, row in zip(PARTS, (losses, accuracies, norms), strict=True):
+            if part != "gradient norm" or self._card.debug.enabled:
+                values |= {_tag(index, part): value for index, value in enumerate(row)}
+        self._board.scalars(done, values)
+        mean = sum(accuracies) / len(accuracies)
+        self._bar.update(done, f"loss {sum(losses) / len(losses):.4g}  û {mean:.1%}  {speed:,.0f} samples/s")
+        if self._card.debug.enabled:
+            self._bar.say(f"step {done}: gradient norms {' '.join(f'{norm:.3g}' for norm in norms)}")
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes: the allocator's peak on a GPU; on a CPU the process's peak resident set, Python and torch included."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def _tag(index: int, what: str) -> str:
+    return f"block-{index:02d}/{what}"

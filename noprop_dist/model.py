@@ -1,0 +1,134 @@
+"""The assembled chain: an ordinary module that classifies images. Needs neither ranks nor a trainer."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from pydantic import ValidationError
+from torch import Tensor, nn
+
+from noprop_dist import files
+from noprop_dist.chain import PATHS, Scores, Segment, Tally, read_out
+from noprop_dist.config import Card, UserError
+from noprop_dist.data import DataInfo, Pixels, Split, test_indices
+from noprop_dist.nets.block import Block, build_block
+from noprop_dist.nets.labels import LabelSpace
+from noprop_dist.nets.precision import lay_out
+from noprop_dist.seeding import derive
+
+WEIGHTS, CONFIG = "model.safetensors", "config.json"
+
+
+def fresh_block(card: Card, info: DataInfo, index: int, device: torch.device) -> Block:
+    """Block ``index`` before its first step: a pure function of (seed, index). Reseeds torch's global generator."""
+    torch.manual_seed(derive(card.run.seed, "init", index))
+    classes = len(info.classes)
+    block = build_block(card.model, info.shape, dim=classes, classes=classes)
+    return lay_out(card.train, block).to(device)
+
+
+def fresh_labels(card: Card, info: DataInfo, device: torch.device) -> LabelSpace:
+    """The label space before its first step: a pure function of the seed. Reseeds torch's global generator."""
+    torch.manual_seed(derive(card.run.seed, "init", "labels"))
+    return LabelSpace(card.model, len(info.classes)).to(device)
+
+
+class NoPropModel(nn.Module):
+    """All blocks and the label space of a run.
+
+    >>> model = NoPropModel.from_pretrained("runs/mine/model")
+    >>> model.predict(images)  # uint8 (B, C, H, W) -> int64 (B,)
+    """
+
+    def __init__(self, card: Card, info: DataInfo) -> None:
+        super().__init__()
+        self.card, self.info = card, info
+        with torch.random.fork_rng():
+            cpu = torch.device("cpu")
+            self.blocks = nn.ModuleList(fresh_block(card, info, index, cpu) for index in range(card.model.blocks))
+            self.labels = fresh_labels(card, info, cpu)
+        self.eval()
+
+    def forward(self, images: Tensor, *, batch: int = 0, **inference: Any) -> Tensor:
+        """Log-probabilities (B, m) of uint8 images (B, C, H, W).
+
+        Args:
+            batch: number of this batch; the stochastic chains' noise depends on it (and on run.seed) alone.
+            inference: overrides of ``card.inference``: ``path`` (mean, stochastic, average), ``samples``, ``blocks``.
+        """
+        card = self._with(inference)
+        paths, _ = self._run(self._segment(card), images, batch)
+        return read_out(self.labels, paths)[PATHS.index(card.inference.path)]
+
+    def predict(self, images: Tensor, **inference: Any) -> Tensor:
+        """Classes, int64 (B,), of uint8 images (B, C, H, W); the same overrides as :meth:`forward`."""
+        return self(images, **inference).argmax(dim=1)  # type: ignore[no-any-return]
+
+    def evaluate(self, split: Split, **inference: Any) -> Scores:
+        """Accuracies on a split, batch by batch as a run's own evaluation does it: the same weights give the same digits."""
+        card = self._with(inference)
+        segment, tally, size = self._segment(card), Tally(), card.inference.batch_size
+        batches = range(-(-len(split) // size))
+        chosen = (test_indices(batch, size=len(split), batch_size=size) for batch in batches)
+        for number, (images, labels) in enumerate(split.batches(chosen)):
+            labels = labels.to(segment.device)
+            paths, guesses = self._run(segment, images, number)
+            tally.estimates(guesses, labels)
+            tally.chain(read_out(self.labels, paths), labels)
+        return tally.scores(segment.used)
+
+    def save(self, folder: Path | str) -> None:
+        """Write model.safetensors and config.json. Raises UserError where that fails."""
+        config = {"format": 1, "card": self.card.model_dump(mode="json"), "data": self.info.to_json()}
+        files.write(Path(folder) / WEIGHTS, files.pack(self.state_dict()))
+        files.write(Path(folder) / CONFIG, json.dumps(config, indent=1).encode())
+
+    @classmethod
+    def from_pretrained(cls, folder: Path | str, device: str = "cpu") -> NoPropModel:
+        """Read what :meth:`save` wrote. Raises UserError naming the file that is missing or does not fit."""
+        path = Path(folder) / CONFIG
+        try:
+            config = json.loads(files.read(path))
+            model = cls(Card.model_validate(config["card"]), DataInfo.from_json(config["data"]))
+        except (ValueError, KeyError, TypeError, ValidationError) as error:
+            raise UserError(f"{path}: not a model's config ({str(error).splitlines()[0]}); gather the model again") from None
+        place = Path(folder) / WEIGHTS
+        model._load(files.unpack(files.read(place), place), place)
+        return model.to(device)
+
+    @classmethod
+    def from_parts(
+        cls, card: Card, info: DataInfo, blocks: Mapping[int, Mapping[str, Tensor]], labels: Mapping[str, Tensor]
+    ) -> NoPropModel:
+        """Assemble the state dicts of every block and of the label space."""
+        model = cls(card, info)
+        tensors = {f"blocks.{index}.{name}": value for index, part in blocks.items() for name, value in part.items()}
+        model._load(tensors | {f"labels.{name}": value for name, value in labels.items()}, "these parts")
+        return model
+
+    def _load(self, tensors: Mapping[str, Tensor], place: object) -> None:
+        try:
+            self.load_state_dict(tensors)
+        except RuntimeError as error:
+            raise UserError(f"{place}: weights of another model ({str(error).splitlines()[-1].strip()})") from None
+
+    def _with(self, inference: Mapping[str, Any]) -> Card:
+        card = self.card.model_dump()
+        card["inference"] |= inference
+        try:
+            return Card.model_validate(card)
+        except ValidationError as error:
+            raise UserError("\n".join(item["msg"].removeprefix("Value error, ") for item in error.errors())) from None
+
+    def _segment(self, card: Card) -> Segment:
+        blocks = {index: cast(Block, block) for index, block in enumerate(self.blocks)}
+        return Segment(card, blocks, self.labels.embedding, Pixels(card.data, self.info))
+
+    @staticmethod
+    def _run(segment: Segment, images: Tensor, batch: int) -> tuple[Tensor, dict[int, Tensor]]:
+        features = segment.encode(images.to(segment.device))
+        return segment.advance(features, segment.start(len(images), batch), batch)

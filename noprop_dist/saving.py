@@ -1,0 +1,84 @@
+"""Checkpoints and the gathered model, across ranks: who writes what, and how it finds its way where no disk is shared."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from noprop_dist import checkpoint
+from noprop_dist.config import Card
+from noprop_dist.data import DataInfo
+from noprop_dist.files import pack, read, unpack, write
+from noprop_dist.learner import Learner
+from noprop_dist.model import NoPropModel
+from noprop_dist.parallel.gather import collect, deliver
+from noprop_dist.parallel.placement import Placement
+from noprop_dist.parallel.scalars import gather_rows
+from noprop_dist.parallel.world import World
+
+MARK = ".run"
+
+
+class Saver:
+    """Saves and restores this rank's learners, together with all other ranks.
+
+    A rank that sees the coordinator's folder writes its own files there; the others' travel to the coordinator.
+    """
+
+    def __init__(self, world: World, placement: Placement, root: Path, keep: int) -> None:
+        self._world, self._placement, self._root, self._keep = world, placement, root, keep
+        mark = root / MARK
+        token = world.publish("token", lambda: _put(mark, torch.randint(2**62, (1,)).item()))
+        shared = world.exchange("shares disk", mark.exists() and read(mark).decode() == str(token))
+        self._apart = {rank for rank, sees in enumerate(shared) if not sees}
+
+    def save(self, step: int, blocks: Mapping[int, Learner], labels: Learner, card: Mapping[str, Any]) -> Path:
+        """Write the checkpoint after ``step`` steps, rotate old ones away, and return its folder. All ranks call it."""
+        folder, world = checkpoint.step_folder(self._root, step), self._world
+        blobs = {index: pack(learner.state()) for index, learner in blocks.items()}
+        if world.rank not in self._apart:
+            for index, blob in blobs.items():
+                write(folder / checkpoint.block_file(index), blob)
+        for index, blob in collect(world, self._placement, blobs, self._apart):
+            write(folder / checkpoint.block_file(index), blob)
+        mine = torch.frombuffer(bytearray(b"".join(map(checkpoint.digest, blobs.values()))), dtype=torch.uint8)
+        rows = gather_rows(world, mine, [32 * len(owned) for owned in self._placement.ranges]).wait()
+        if world.is_coordinator:
+            sums = torch.cat(rows).view(-1, 32)
+            digests = {checkpoint.block_file(index): bytes(row.tolist()) for index, row in enumerate(sums)}
+            blob = pack(labels.state())
+            write(folder / checkpoint.LABELS, blob)
+            checkpoint.commit(folder, step, card, digests | {checkpoint.LABELS: checkpoint.digest(blob)})
+            checkpoint.prune(self._root, self._keep)
+        return folder
+
+    def restore(self, folder: Path, blocks: Mapping[int, Learner], labels: Learner) -> None:
+        """Load a whole checkpoint. Ranks may be other, and more or fewer, than those that wrote it."""
+        world = self._world
+        apart = {index for rank in self._apart for index in self._placement.ranges[rank]}
+        sent = {index: read(folder / checkpoint.block_file(index)) for index in apart if world.is_coordinator}
+        received = deliver(world, self._placement, sent, self._apart)
+        for index, learner in blocks.items():
+            path = folder / checkpoint.block_file(index)
+            learner.load(unpack(received[index] if index in received else read(path), path))
+        if world.is_coordinator:
+            path = folder / checkpoint.LABELS
+            labels.load(unpack(read(path), path))
+
+    def gather(self, card: Card, info: DataInfo, blocks: Mapping[int, Learner], labels: Learner) -> NoPropModel | None:
+        """The whole model on the coordinator, from every rank's blocks; None elsewhere."""
+        mine = {index: pack(learner.inference.state_dict()) for index, learner in blocks.items()}
+        theirs = dict(collect(self._world, self._placement, mine, set(range(self._world.size))))
+        if not self._world.is_coordinator:
+            return None
+        parts: dict[int, dict[str, Tensor]] = {index: unpack(blob) for index, blob in (mine | theirs).items()}
+        return NoPropModel.from_parts(card, info, parts, labels.inference.state_dict())
+
+
+def _put(path: Path, token: int | float) -> int | float:
+    write(path, str(token).encode())
+    return token

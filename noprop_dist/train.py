@@ -1,0 +1,33 @@
+"""Train NoProp with its blocks spread over ranks.
+
+torchrun --nproc_per_node=4 -m noprop_dist.train [CARD.yaml] [--section.name value]...
+python -m noprop_dist.train --dry-run --ranks 4
+"""
+
+from __future__ import annotations
+
+import argparse
+
+from noprop_dist import command
+from noprop_dist.config import read_card
+from noprop_dist.launcher import dry_run, train
+from noprop_dist.parallel.world import rank_and_size
+from noprop_dist.report.console import print_summary
+
+
+def main(argv: list[str]) -> None:
+    """Read the card, then train or show what training would be."""
+    parser = argparse.ArgumentParser(prog="python -m noprop_dist.train", description=__doc__, allow_abbrev=False)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("card", nargs="?", help="a YAML card; settings on the command line stand above it")
+    parser.add_argument("--dry-run", action="store_true", help="print placement, memory and traffic; start nothing")
+    parser.add_argument("--ranks", type=int, default=rank_and_size()[1], help="number of ranks of a dry run")
+    card, arguments = read_card(parser, argv)
+    if arguments.dry_run:
+        dry_run(card, arguments.ranks)
+    elif summary := train(card).summary:
+        print_summary(summary)
+
+
+if __name__ == "__main__":
+    command.run(main)

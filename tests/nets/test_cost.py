@@ -1,0 +1,71 @@
+import pytest
+import torch
+
+from noprop_dist.config import Card
+from noprop_dist.nets.block import build_block
+from noprop_dist.nets.cost import block_cost
+
+MNIST = (1, 28, 28)
+
+
+def card(**sections):
+    return Card.model_validate(sections)
+
+
+@pytest.mark.parametrize(
+    ("shape", "classes", "backbone"),
+    [(MNIST, 10, "paper-cnn"), ((3, 32, 32), 100, "paper-cnn"), ((1, 8, 8), 10, "small-cnn"), ((3, 20, 20), 7, "auto")],
+)
+def test_parameters_are_those_of_the_real_block(shape, classes, backbone):
+    chosen = card(model={"backbone": backbone})
+    block = build_block(chosen.model, shape, dim=classes, classes=classes)
+    expected = sum(parameter.numel() for parameter in block.parameters())
+    assert block_cost(chosen, shape, classes).parameters == expected
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_flops_of_a_paper_block_agree_with_a_count_by_hand(precision):
+    batch = 128
+    first_conv = 26 * 26 * 32 * 9
+    convolutions = 11 * 11 * 64 * 32 * 9 + 9 * 9 * 128 * 64 * 9
+    first_label = 10 * 256
+    linear = 2048 * 256 + 2 * 256 * 256 + 512 * 256 + 256 * 128 + 128 * 10
+    # forward once; backward twice, but nothing flows back into the image and into z
+    expected = 2 * batch * (3 * (convolutions + linear) + 2 * (first_conv + first_label))
+    cost = block_cost(card(data={"batch_size": batch}, train={"precision": precision}), MNIST, 10)
+    assert cost.flops == pytest.approx(expected, rel=0.02)
+
+
+def test_flops_and_activations_grow_with_the_batch_and_weights_do_not():
+    small, large = (block_cost(card(data={"batch_size": size}), MNIST, 10) for size in (32, 128))
+    assert large.flops == 4 * small.flops
+    assert large.activations == pytest.approx(4 * small.activations, rel=0.01)
+    assert (large.parameters, large.state) == (small.parameters, small.state)
+
+
+@pytest.mark.parametrize(
+    ("optim", "copies"),
+    [
+        ({"name": "adamw"}, 4),
+        ({"name": "adam"}, 4),
+        ({"name": "adamw", "ema": 0.9}, 5),
+        ({"name": "sgd"}, 3),
+        ({"name": "sgd", "momentum": 0}, 2),
+    ],
+)
+def test_state_counts_weights_gradients_optimizer_and_moving_average(optim, copies):
+    cost = block_cost(card(optim=optim), MNIST, 10)
+    assert cost.state == 4 * copies * cost.parameters
+
+
+def test_activations_hold_at_least_what_the_convolutions_need():
+    at_least = 128 * 4 * (32 * 26 * 26 + 64 * 11 * 11 + 128 * 9 * 9)  # float32 outputs of the three convolutions
+    assert at_least < block_cost(card(), MNIST, 10).activations < 6 * at_least
+
+
+def test_counting_leaves_the_random_numbers_alone():
+    torch.manual_seed(3)
+    expected = torch.rand(4)
+    torch.manual_seed(3)
+    block_cost(card(), (1, 8, 8), 10)
+    assert torch.rand(4).equal(expected)

@@ -1,0 +1,221 @@
+"""The card: what is read from where, and what a user is told about a mistake."""
+
+import argparse
+
+import pytest
+
+from noprop_dist.config import Card, UserError, dump_card, load_card, read_card, setting_names
+
+
+@pytest.fixture
+def read(tmp_path, monkeypatch):
+    """``read(yaml, *argv)``: the card of c.yaml (None: no file) and a command line."""
+    monkeypatch.chdir(tmp_path)
+
+    def call(yaml, *argv, base=None):
+        if yaml is not None:
+            (tmp_path / "c.yaml").write_text(yaml)
+            argv = ("c.yaml", *argv)
+        parser = argparse.ArgumentParser(prog="train", allow_abbrev=False)
+        parser.add_argument("card", nargs="?")
+        return read_card(parser, argv, base)[0]
+
+    return call
+
+
+MISTAKES = [
+    # yaml, command line, what the complaint names: one tuple of words a line
+    ("trian: {epochs: 3}", (), [("c.yaml", "trian", "did you mean train?")]),
+    ("train: {epohcs: 3}", (), [("c.yaml", "train.epohcs", "did you mean train.epochs?")]),
+    ("optim: {learning_rate: 1}", (), [("c.yaml", "unknown setting optim.learning_rate")]),
+    ("qqqqqq: 1", (), [("c.yaml", "qqqqqq", "--help")]),
+    ("train: {epochs: three}", (), [("c.yaml", "train.epochs", "integer", "'three'")]),
+    ("train: {epochs: 2.5}", (), [("c.yaml", "train.epochs", "2.5")]),
+    ("train: 3", (), [("c.yaml", "train:", "not 3")]),
+    ("optim: {lr: fast}", (), [("c.yaml", "optim.lr", "number", "'fast'")]),
+    ("optim: {lr: -1e-3}", (), [("c.yaml", "optim.lr", "greater than 0")]),
+    ("optim: {lr: .nan}", (), [("c.yaml", "optim.lr", "nan")]),
+    ("optim: {name: lion}", (), [("c.yaml", "optim.name", "'adamw'", "'lion'")]),
+    ("data: {batch_size: 1}", (), [("c.yaml", "data.batch_size", "greater than 1")]),
+    ("model: {blocks: 0}", (), [("c.yaml", "model.blocks", "not 0")]),
+    ("model: {dropout: 1}", (), [("c.yaml", "model.dropout", "less than 1")]),
+    ("run: {name: ../x}", (), [("c.yaml", "run.name", "'../x'")]),
+    ("run: {name: ..}", (), [("c.yaml", "run.name", "'..'")]),
+    ('run: {name: "a\\n"}', (), [("c.yaml", "run.name", r"'a\n'")]),
+    ("method: {alpha_min: 0.5}", (), [("c.yaml", "method.alpha_min", "flatten", "less than 0.024")]),
+    ("method: {alpha_max: 0.5}", (), [("c.yaml", "method.alpha_max", "flatten", "more than 0.97")]),
+    ("method: {alpha_min: 0.9, alpha_max: 0.2}", (), [("c.yaml", "method.alpha_min", "0.2")]),
+    ("model: {blocks: 4}", ("--inference.blocks", "5"), [("inference.blocks", "5", "model.blocks 4")]),
+    ("- train\n- data", (), [("c.yaml", "mapping")]),
+    ("just text", (), [("c.yaml", "mapping")]),
+    ("train:\n  epochs: 3\n bad: [1\n", (), [("c.yaml:3", "not YAML")]),
+    ("train: {epochs: 3}\nrun: {name: [}\n", (), [("c.yaml:2", "not YAML")]),
+    ("x: !!python/object/apply:os.getcwd []", (), [("c.yaml:1", "not YAML")]),
+    (None, ("missing.yaml",), [("missing.yaml", "No such file")]),
+    (None, (".",), [(".:", "directory")]),
+    (None, ("--train.epohcs", "3"), [("command line", "train.epohcs", "did you mean train.epochs?")]),
+    (None, ("--trian.epochs=3",), [("command line", "trian.epochs", "did you mean train.epochs?")]),
+    (None, ("--frobnicate",), [("command line", "frobnicate")]),
+    (None, ("--train.epochs", "0"), [("train.epochs", "'0'")]),
+    (None, ("--run.name", "../x"), [("run.name", "'../x'")]),
+    ("", ("other.yaml",), [("command line", "'other.yaml'", "no setting")]),
+    ("", ("--train.epochs", "many"), [("command line", "train.epochs", "'many'")]),
+    # several at once
+    (
+        "data: {batch_size: 1}\nmodel: {backbone: resnet}\nfoo: 3",
+        ("--optim.lr", "x"),
+        [
+            ("c.yaml", "data.batch_size"),
+            ("c.yaml", "model.backbone", "'resnet'"),
+            ("command line", "optim.lr", "'x'"),
+            ("c.yaml", "unknown setting foo"),
+        ],
+    ),
+    (None, ("--a.b", "1", "--train.epohcs=2"), [("command line", "a.b"), ("command line", "train.epohcs")]),
+    # the place is where the bad value stands, also when the other place names the same setting
+    ("train: {epochs: 3}", ("--train.epochs", "y"), [("command line", "train.epochs", "'y'")]),
+    (None, ("--train.epochs", "three"), [("command line", "train.epochs", "'three'")]),
+    ("train:", ("--run.name", "a/b"), [("command line", "run.name")]),
+    ("train: {epohcs: 3}", ("--optim.lrr", "3"), [("c.yaml", "train.epohcs"), ("command line", "optim.lrr")]),
+    # still one line each
+    ("a: \0b", (), [("c.yaml", "not YAML")]),
+    ('"a\\nb": 3', (), [("c.yaml", "unknown setting")]),
+    # what argparse and pydantic-settings would say in their own way
+    (None, ("--train.epochs",), [("command line", "train.epochs")]),
+    (None, ("--optim.lr", "-1e-3"), [("command line", "optim.lr")]),
+    (None, ("--train", "{epochs: 3}"), [("command line", "train")]),
+    (None, ("-optim.lr=3",), [("command line", "optim.lr")]),
+    ("_cli_settings_source: 3", (), [("c.yaml", "unknown setting _cli_settings_source")]),
+    ("_env_file: x", (), [("c.yaml", "unknown setting _env_file")]),
+    ("optim: {lr: .inf}", (), [("c.yaml", "optim.lr", "inf")]),
+]
+
+
+@pytest.mark.parametrize(("yaml", "argv", "expected"), MISTAKES)
+def test_every_mistake_is_one_line_naming_its_place_and_setting(read, yaml, argv, expected):
+    with pytest.raises(UserError) as caught:
+        read(yaml, *argv)
+    lines = str(caught.value).split("\n")
+    assert len(lines) == len(expected), str(caught.value)
+    for words in expected:
+        assert any(all(word in line for word in words) for line in lines), (words, lines)
+
+
+@pytest.mark.parametrize("yaml", ["", "# only a comment", "train: {}"])
+def test_an_empty_card_is_the_default_card(read, yaml):
+    assert read(yaml) == read(None) == Card()
+
+
+def test_the_command_line_stands_above_the_file(read):
+    card = read("train: {epochs: 3, log_every: 7}\noptim: {lr: 0.5}", "--train.epochs", "9", "--optim.name=sgd")
+    assert (card.train.epochs, card.train.log_every, card.optim.lr, card.optim.name) == (9, 7, 0.5, "sgd")
+
+
+def test_the_command_line_mends_a_mistake_in_the_file(read):
+    assert read("train: {epochs: none at all}", "--train.epochs", "9").train.epochs == 9
+
+
+def test_the_command_line_stands_above_a_base_card(read):
+    base = Card.model_validate({"train": {"epochs": 3}, "inference": {"samples": 4}})
+    card = read(None, "--inference.samples", "2", base=base)
+    assert (card.train.epochs, card.inference.samples) == (3, 2)
+
+
+@pytest.mark.parametrize("yaml", ["optim: {lr: 1e-3}", "optim: {lr: '0.001'}", "optim: {lr: 1.0e-3}"])
+def test_a_number_in_scientific_notation_is_a_number(read, yaml):
+    assert read(yaml).optim.lr == 0.001
+
+
+@pytest.mark.parametrize(("argv", "expected"), [((), False), (("--debug",), True), (("--debug.enabled", "true"), True)])
+def test_debug_alone_switches_debugging_on(read, argv, expected):
+    assert read("train: {epochs: 3}", *argv).debug.enabled is expected
+
+
+@pytest.mark.parametrize(("word", "expected"), [("false", False), ("true", True), ("0", False)])
+def test_switches_are_given_as_words(read, word, expected):
+    assert read(None, "--train.channels_last", word).train.channels_last is expected
+
+
+def test_the_environment_changes_no_card(read, monkeypatch):
+    for name, value in {
+        "DATA": '{"name": "mnist"}',
+        "MODEL": '{"blocks": 3}',
+        "model": "nonsense",
+        "TRAIN__EPOCHS": "1",
+        "OPTIM.LR": "7",
+        "RUN_NAME": "x",
+        "DEBUG": "1",
+    }.items():
+        monkeypatch.setenv(name, value)
+    assert read(None) == Card()
+
+
+def test_reading_twice_with_one_command_line_gives_the_same_card(read):
+    assert read("run: {seed: 4}", "--model.blocks=3") == read("run: {seed: 4}", "--model.blocks=3")
+
+
+@pytest.mark.parametrize(
+    "sections",
+    [
+        {},
+        {
+            "data": {"name": "npz", "root": "/data/with space/ü.npz", "augment": "none"},
+            "method": {"alpha_min": 1.23456789e-7, "loss_weight": "uniform"},
+            "optim": {"name": "sgd", "lr": 1e-05, "ema": 0.999},
+            "train": {"steps": 10, "channels_last": False, "resume": "never"},
+            "inference": {"blocks": 3},
+            "run": {"name": "007", "seed": 2**40},
+        },
+        {"run": {"name": "1e3"}, "train": {"resume": "null"}},
+    ],
+)
+def test_a_dumped_card_reads_back_as_it_was(tmp_path, sections):
+    card = Card.model_validate(sections)
+    path = tmp_path / "card.yaml"
+    path.write_text(dump_card(card), encoding="utf-8")
+    assert load_card(path) == card
+    for name in setting_names():
+        assert f"{name.split('.')[1]}:" in path.read_text(encoding="utf-8"), "every setting is spelt out"
+
+
+def test_load_card_too_reports_every_mistake(tmp_path):
+    path = tmp_path / "card.yaml"
+    path.write_text("train: {epohcs: 3}\noptim: {lr: 0}")
+    with pytest.raises(UserError) as caught:
+        load_card(path)
+    assert sorted(line.split(": ")[1] for line in str(caught.value).split("\n")) == [
+        "optim.lr",
+        "unknown setting train.epohcs; did you mean train.epochs?",
+    ]
+
+
+def test_every_setting_has_a_help_text():
+    for name in setting_names():
+        section, setting = name.split(".")
+        description = Card.model_fields[section].annotation.model_fields[setting].description
+        assert description, name
+        assert description.rstrip().endswith((".", ":", "]")), f"{name}: {description!r} is no sentence"
+
+
+def test_help_lists_every_setting(read, capsys):
+    with pytest.raises(SystemExit) as caught:
+        read(None, "--help")
+    assert caught.value.code == 0
+    text = capsys.readouterr().out
+    assert not [name for name in setting_names() if f"--{name} " not in text]
+    assert "rises for 30 % of the" in " ".join(text.split()), "with the text under the field"
+
+
+@pytest.mark.parametrize("name", ["x", "2024-01-01", "a.b_c-D", "0"])
+def test_ordinary_run_names_are_taken(read, name):
+    assert read(None, "--run.name", name).run.name == name
+
+
+def test_a_card_is_frozen():
+    with pytest.raises(ValueError, match="frozen"):
+        Card().train.epochs = 3
+
+
+@pytest.mark.parametrize("blocks", [1, 2, 10])
+def test_the_default_clip_suits_usual_numbers_of_blocks(blocks):
+    assert Card.model_validate({"model": {"blocks": blocks}}).model.blocks == blocks

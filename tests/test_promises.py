@@ -1,0 +1,187 @@
+"""The promises of the house: any number of ranks gives the same bits, and only allowed messages cross."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from noprop_dist import Card, NoPropModel, train
+from noprop_dist.data import open_data
+from noprop_dist.parallel.feed import message_size
+
+DIGITS, TRAIN, TEST = (1, 8, 8), 1437, 360
+
+
+def run(on_ranks: Callable[..., list[Any]], card: Card, ranks: int, work: Callable[..., Any] | None = None) -> Any:
+    """Train on ``ranks`` forked ranks; the coordinator's summary."""
+
+    def one(rank: int, init_method: str) -> Any:
+        return train(card, init_method).summary
+
+    return on_ranks(ranks, work or one)[0]
+
+
+def block_files(folder: Path) -> dict[str, bytes]:
+    files = sorted(folder.glob("*.safetensors"))
+    assert files, f"no files in {folder}"
+    return {path.name: path.read_bytes() for path in files}
+
+
+def last_files(card: Card) -> dict[str, bytes]:
+    return block_files(card.run.dir / str(card.run.name) / "checkpoints" / f"step-{card.train.steps:08d}")
+
+
+def named(card: Card, name: str, **train_settings: Any) -> Card:
+    return card.model_copy(
+        update={
+            "run": card.run.model_copy(update={"name": name}),
+            "train": card.train.model_copy(update=train_settings),
+        }
+    )
+
+
+@pytest.mark.parametrize("extra", [{}, {"optim": {"ema": 0.9, "clip_norm": 1.0, "schedule": "one-cycle"}}])
+def test_any_number_of_ranks_and_either_feed_end_in_the_same_bytes(small_card, on_ranks, extra):
+    alone = small_card(**extra)
+    train(alone)
+    expected = last_files(alone)
+    assert list(expected) == [*(f"block-{index:02d}.safetensors" for index in range(4)), "labels.safetensors"]
+    for ranks, feed in ((2, "stream"), (3, "stream"), (4, "stream"), (1, "resident"), (3, "resident")):
+        card = small_card(**extra, parallel={"feed": feed}, run={"name": f"{feed}-{ranks}"})
+        run(on_ranks, card, ranks)
+        assert last_files(card) == expected, f"{feed} feed on {ranks} ranks"
+
+
+def test_bf16_too_is_the_same_on_any_number_of_ranks(small_card, on_ranks):
+    card = small_card(train={"precision": "bf16"})
+    run(on_ranks, card, 2)
+    other = named(card, "alone")
+    train(other)
+    assert last_files(card) == last_files(other)
+
+
+def test_a_run_stopped_on_4_ranks_and_resumed_on_2_then_1_ends_in_the_same_bytes(small_card, on_ranks):
+    whole = small_card(run={"name": "whole"}, train={"steps": 9})
+    train(whole)
+    for steps, ranks in ((3, 4), (6, 2), (9, 1)):
+        card = small_card(run={"name": "parts"}, train={"steps": steps})
+        assert run(on_ranks, card, ranks)["steps"] == steps
+    assert last_files(card) == last_files(whole)
+
+
+def test_a_different_seed_gives_different_blocks(small_card):
+    first, second = small_card(), small_card(run={"name": "other", "seed": 1})
+    train(first), train(second)
+    for name, blob in last_files(first).items():
+        assert blob != last_files(second)[name], name
+
+
+def test_only_allowed_messages_cross_and_every_byte_is_counted(small_card, on_ranks):
+    """Watches torch.distributed itself, from outside the program's own counter."""
+    card = small_card()
+    ranks, steps, blocks = 4, 6, 4
+    parameters = {tuple(p.shape) for p in NoPropModel(card, open_data(card.data).info).blocks.parameters()}
+
+    def watched(rank: int, init_method: str) -> Any:
+        calls: list[tuple[str, int, tuple[int, ...], bool]] = []
+        quiet = {"init_process_group", "new_group", "destroy_process_group", "is_nccl_available", "is_initialized"}
+        for name in dir(dist):
+            function = getattr(dist, name)
+            if callable(function) and not isinstance(function, type) and name.islower() and name not in quiet:
+                setattr(dist, name, watch(name, function, rank, calls))
+        return train(card, init_method).summary, calls
+
+    def watch(name: str, function: Any, rank: int, calls: list[Any]) -> Any:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor)]
+            for tensor in tensors or [torch.empty(0)]:
+                sends = name == "isend" or (name == "broadcast" and rank == 0)
+                copies = ranks - 1 if name == "broadcast" else 1
+                calls.append((name, sends * copies * tensor.nbytes, tuple(tensor.shape), tensor.requires_grad))
+            return function(*args, **kwargs)
+
+        return call
+
+    results = on_ranks(ranks, watched)
+    calls = [call for _, calls in results for call in calls]
+    assert {name for name, *_ in calls} == {"broadcast", "isend", "irecv"}
+    assert not any(requires_grad for *_, requires_grad in calls)
+
+    counted = results[0][0]["bytes"]
+    assert counted["gradients"] == counted["labels"] == 0
+    assert sum(size for _, size, *_ in calls) == sum(counted.values())
+
+    evaluations, test_batches = 2, [100, 100, 100, 60]
+    per_pass = sum(message_size(batch, DIGITS) for batch in test_batches)
+    assert counted["batches"] == (ranks - 1) * (steps * message_size(32, DIGITS) + evaluations * per_pass)
+    hops = ranks  # three down the chain, one back to the coordinator
+    assert counted["latents"] == evaluations * hops * TEST * 10 * 4 * 3  # float32, three paths
+    others = blocks - 1
+    logs, checkpoints = 3, 2
+    scalars = logs * 3 * 8 * others + evaluations * 8 * others + checkpoints * 32 * others
+    assert counted["scalars"] == scalars + (ranks - 1) * 8 * (3 + 6)
+
+    training = [shape for name, size, shape, _ in results[1][1] if name == "isend" and len(shape) > 1]
+    assert not parameters & set(training), "a message has the shape of a parameter's gradient"
+
+
+def test_resident_feed_sends_nothing_per_step(small_card, on_ranks):
+    sent = [
+        run(on_ranks, small_card(parallel={"feed": "resident"}, train={"steps": steps}, run={"name": f"{steps}"}), 2)["bytes"][
+            "batches"
+        ]
+        for steps in (2, 6)
+    ]
+    assert sent == [message_size(TRAIN, DIGITS) + message_size(TEST, DIGITS)] * 2
+
+
+def test_a_broken_block_leaves_all_others_as_they_were(small_card, on_ranks):
+    healthy, broken = small_card(run={"name": "healthy"}), small_card(run={"name": "broken"})
+    run(on_ranks, healthy, 4)
+
+    def sabotaged(rank: int, init_method: str) -> Any:
+        from noprop_dist.trainer import Trainer
+
+        step = Trainer._step
+
+        def zeroing(self: Trainer, number: int, *args: Any) -> None:
+            if 2 in self.blocks and number == 3:
+                with torch.no_grad():
+                    for parameter in self.blocks[2].module.parameters():
+                        parameter.zero_()
+            step(self, number, *args)
+
+        Trainer._step = zeroing  # type: ignore[method-assign]
+        return train(broken, init_method).summary
+
+    run(on_ranks, broken, 4, sabotaged)
+    before, after = last_files(healthy), last_files(broken)
+    assert {name for name in before if before[name] != after[name]} == {"block-02.safetensors"}
+
+
+def test_the_gathered_model_repeats_the_relay_exactly(small_card, on_ranks):
+    card = small_card(inference={"samples": 3}, train={"precision": "bf16"}, optim={"ema": 0.5})
+    summary = run(on_ranks, card, 3)
+    folder = card.run.dir / str(card.run.name) / "model"
+    scores = NoPropModel.from_pretrained(folder).evaluate(open_data(card.data).test)
+    assert {path: getattr(scores, path) for path in ("mean", "stochastic", "average")} == summary["accuracy"]
+    assert list(scores.blocks) == [block["accuracy"] for block in summary["blocks"]]
+
+
+def test_ranks_that_share_no_disk_save_and_resume_through_the_coordinator(small_card, on_ranks, tmp_path):
+    expected = small_card(run={"name": "expected"})
+    train(expected)
+    for steps in (3, 6):
+
+        def apart(rank: int, init_method: str, steps: int = steps) -> Any:
+            card = small_card(run={"name": "apart", "dir": str(tmp_path / f"disk-{min(rank, 1)}")}, train={"steps": steps})
+            return train(card, init_method).summary
+
+        run(on_ranks, expected, 3, apart)
+    assert block_files(tmp_path / "disk-0/apart/checkpoints/step-00000006") == last_files(expected)
+    assert not (tmp_path / "disk-1").exists()

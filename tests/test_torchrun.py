@@ -1,0 +1,201 @@
+"""The commands as a user types them: real torchrun, real processes."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from noprop_dist import NoPropModel, config
+from noprop_dist.data import open_data
+
+PYTHON = [sys.executable, "-m"]
+TORCHRUN = [*PYTHON, "torch.distributed.run"]
+CONFIGS = sorted(Path(__file__).parent.parent.joinpath("configs").glob("*.yaml"))
+SMALL = ["--data.batch_size", "64", "--model.blocks", "4", "--train.steps", "8", "--train.log_every", "4"]
+
+
+def run(*command: str, cwd: Path, expect: int = 0, **env: str) -> subprocess.CompletedProcess[str]:
+    result = subprocess.run(command, cwd=cwd, env={**os.environ, **env}, capture_output=True, text=True, timeout=240)
+    assert result.returncode == expect, f"exit {result.returncode}\n{result.stdout}\n{result.stderr}"
+    return result
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    found = {path.name: path.read_bytes() for path in sorted(folder.glob("checkpoints/step-00000008/*.safetensors"))}
+    assert len(found) == 5
+    return found
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, subprocess.CompletedProcess[str]]:
+    """A run of torchrun with two ranks and no card."""
+    cwd = tmp_path_factory.mktemp("trained")
+    command = [*TORCHRUN, "--nproc_per_node=2", "-m", "noprop_dist.train", *SMALL, "--run.name", "two"]
+    return cwd / "runs/two", run(*command, cwd=cwd, NOPROP_TRACE="1")
+
+
+def test_a_run_leaves_everything_it_promises(trained):
+    folder, result = trained
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["ranks"] == 2 and summary["steps"] == 8
+    assert [set(block) for block in summary["blocks"]] == [{"index", "rank", "loss", "accuracy"}] * 4
+    assert [block["rank"] for block in summary["blocks"]] == [0, 0, 1, 1]
+    assert list(summary["bytes"]) == ["batches", "labels", "scalars", "latents", "weights", "gradients"]
+    assert summary["bytes"]["gradients"] == 0 < summary["bytes"]["weights"]
+    assert 0 <= summary["test_accuracy"] <= 1 and 0 < summary["busy_share"] <= 1
+    assert summary["samples_per_second"] > 0 and summary["peak_memory_bytes"] > 0
+    for part in ("card.yaml", "model/model.safetensors", "model/config.json"):
+        assert (folder / part).is_file()
+    assert config.load_card(folder / "card.yaml").model.backbone == "small-cnn"
+    for word in ("samples/s", "peak memory", "busy", "accuracy of its û", "gradients", "checkpoint", "tensorboard"):
+        assert word in result.stdout
+    assert f"{summary['test_accuracy']:.2%}" in result.stdout
+
+
+def test_tensorboard_holds_every_block_and_the_chain(trained):
+    events = EventAccumulator(str(trained[0] / "tensorboard")).Reload()
+    tags = set(events.Tags()["scalars"])
+    wanted = {f"block-{index:02d}/{what}" for index in range(4) for what in ("loss", "train accuracy", "test accuracy")}
+    assert wanted | {"test accuracy/mean", "learning rate", "samples per second"} <= tags
+    assert [event.step for event in events.Scalars("block-03/loss")] == [4, 8]
+
+
+def test_trace_prints_every_message_and_their_sum_is_the_counter(trained):
+    folder, result = trained
+    traced = re.findall(r"^trace: step \d+ (\w+) (\d)->(\d) (\d+) bytes$", result.stderr, re.MULTILINE)
+    counted = json.loads((folder / "summary.json").read_text())["bytes"]
+    for kind, count in counted.items():
+        assert sum(int(size) for name, *_, size in traced if name == kind) == count, kind
+
+
+def test_evaluate_repeats_the_run_to_the_last_digit(trained):
+    folder, _ = trained
+    summary = json.loads((folder / "summary.json").read_text())
+    for place in (folder, folder / "model"):
+        found = json.loads(run(*PYTHON, "noprop_dist.evaluate", str(place), cwd=folder).stdout)
+        assert found["accuracy"] == summary["accuracy"] and found["test_accuracy"] == summary["test_accuracy"]
+        assert found["blocks"] == [block["accuracy"] for block in summary["blocks"]]
+
+
+def test_a_cut_off_run_is_evaluated_at_its_newest_checkpoint(trained, tmp_path):
+    folder, _ = trained
+    for part in ("card.yaml", "checkpoints"):
+        run("cp", "-r", str(folder / part), str(tmp_path), cwd=tmp_path)
+    found = json.loads(run(*PYTHON, "noprop_dist.evaluate", str(tmp_path), cwd=tmp_path).stdout)
+    assert found["accuracy"] == json.loads((folder / "summary.json").read_text())["accuracy"]
+
+
+def test_early_exit_uses_only_the_first_blocks(trained):
+    folder, _ = trained
+    command = [*PYTHON, "noprop_dist.evaluate", str(folder), "--inference.blocks", "2", "--inference.path", "stochastic"]
+    found = json.loads(run(*command, cwd=folder).stdout)
+    whole = json.loads((folder / "summary.json").read_text())
+    assert found["blocks"] == [block["accuracy"] for block in whole["blocks"]][:2]
+    assert found["test_accuracy"] == found["accuracy"]["stochastic"] != whole["accuracy"]["stochastic"]
+
+
+def test_two_nodes_that_share_no_disk_end_in_the_same_bytes(trained, tmp_path):
+    """Two torchrun agents on this machine, each in a folder of its own."""
+    port = str(20000 + os.getpid() % 20000)
+    agents: list[subprocess.Popen[str]] = []
+    for node in range(2):
+        cwd = tmp_path / f"node-{node}"
+        cwd.mkdir()
+        command = [*TORCHRUN, "--nnodes=2", f"--node_rank={node}", "--nproc_per_node=2", "--rdzv_backend=c10d"]
+        command += [f"--rdzv_endpoint=127.0.0.1:{port}", "--local_addr=127.0.0.1"]
+        command += ["-m", "noprop_dist.train", *SMALL, "--run.name", "two"]
+        agents.append(subprocess.Popen(command, cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True))
+    outputs = [agent.communicate(timeout=240)[0] for agent in agents]
+    assert [agent.returncode for agent in agents] == [0, 0], "\n".join(outputs)
+    written = [node for node in range(2) if (tmp_path / f"node-{node}/runs").exists()]
+    assert len(written) == 1, "only the coordinator's node writes"
+    assert files(tmp_path / f"node-{written[0]}/runs/two") == files(trained[0])
+
+
+@pytest.mark.parametrize("card", CONFIGS, ids=lambda path: path.stem)
+def test_every_shipped_card_loads_and_dry_runs(card, tmp_path, capsys):
+    from noprop_dist.launcher import dry_run
+
+    loaded = config.load_card(card)
+    dry_run(loaded, 4)
+    printed = capsys.readouterr().out
+    assert "placement" in printed and "0-1" in printed and "7-9" in printed
+    run_name = card.stem.split("-")[0]
+    assert loaded.data.name.startswith(run_name)
+
+
+def test_dry_run_starts_and_writes_nothing(tmp_path):
+    command = [*PYTHON, "noprop_dist.train", str(CONFIGS[0]), "--dry-run", "--ranks", "3"]
+    printed = run(*command, cwd=tmp_path).stdout
+    assert "1,215,434 parameters" in printed
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--modle.blocks", "3"], "unknown setting modle.blocks; did you mean model.blocks?"),
+        (["--train.epochs", "many"], "train.epochs"),
+        (["missing.yaml"], "missing.yaml: cannot read this card"),
+        (["--data.name", "npz", "--data.root", "none.npz"], "none.npz"),
+        (["--data.name", "mnist", "--data.root", "empty"], "empty"),
+        (["--model.backbone", "paper-cnn"], "paper-cnn needs images of at least 14 pixels"),
+        (["--train.resume", "nowhere"], "nowhere"),
+        (["--parallel.device", "cuda"], "torch sees no GPU"),
+    ],
+)
+def test_a_mistake_is_one_line_and_exit_code_2(arguments, message, tmp_path):
+    if "cuda" in arguments and config.__name__ and __import__("torch").cuda.is_available():
+        pytest.skip("there is a GPU here")
+    result = run(*PYTHON, "noprop_dist.train", *arguments, cwd=tmp_path, expect=2)
+    assert re.fullmatch(rf"error: .*{re.escape(message)}.*\n", result.stderr), result.stderr
+    assert not (tmp_path / "runs").exists(), "something was half-written"
+
+
+def test_more_ranks_than_blocks_says_what_to_do(tmp_path):
+    command = [*TORCHRUN, "--nproc_per_node=2", "-m", "noprop_dist.train", "--model.blocks", "1"]
+    result = run(*command, cwd=tmp_path, expect=1)  # torchrun's own exit code
+    assert result.stderr.count("error: 2 ranks for 1 block: every rank owns at least one; start at most 1 rank") == 1
+
+
+def test_train_and_model_from_python(tmp_path):
+    script = """
+import torch
+from noprop_dist import Card, train, NoPropModel
+result = train(Card(model={"blocks": 2}, train={"steps": 3}, run={"name": "mine"}))
+images = torch.randint(0, 256, (5, 1, 8, 8), dtype=torch.uint8)
+again = NoPropModel.from_pretrained("runs/mine/model")
+assert torch.equal(result.model(images), again(images)) and again.predict(images).shape == (5,)
+print(result.summary["steps"], result.summary["test_accuracy"])
+"""
+    assert run(sys.executable, "-c", script, cwd=tmp_path).stdout.splitlines()[-1].startswith("3 0.")
+
+
+def test_debug_logs_shapes_and_gradient_norms_and_overfits(tmp_path):
+    command = [*PYTHON, "noprop_dist.train", *SMALL, "--train.steps", "60", "--debug", "--debug.overfit_batches", "1"]
+    command += ["--model.blocks", "2", "--model.dropout", "0", "--train.log_every", "20", "--run.name", "debug"]
+    result = run(*command, cwd=tmp_path)
+    assert "block 1: x (64, 1, 8, 8) torch.float32, features (64, 128)" in result.stderr
+    norms = re.findall(r"step \d+: gradient norms (\S+) (\S+)", result.stdout)
+    assert len(norms) == 3 and all(float(norm) > 0 for pair in norms for norm in pair)
+    events = EventAccumulator(str(tmp_path / "runs/debug/tensorboard")).Reload()
+    assert [event.value for event in events.Scalars("block-00/train accuracy")][-1] > 0.99
+
+
+@pytest.mark.skipif("NOPROP_DATA" not in os.environ, reason="NOPROP_DATA is unset: no MNIST here")
+def test_mnist_learns_within_a_few_steps(tmp_path):
+    card = [str(path) for path in CONFIGS if path.stem == "mnist-dt"]
+    command = [*TORCHRUN, "--nproc_per_node=2", "-m", "noprop_dist.train", *card, "--model.blocks", "2"]
+    run(*command, "--train.steps", "60", "--train.precision", "bf16", "--run.name", "mnist", cwd=tmp_path)
+    summary = json.loads((tmp_path / "runs/mnist/summary.json").read_text())
+    assert summary["test_accuracy"] > 0.9
+    model = NoPropModel.from_pretrained(tmp_path / "runs/mnist/model")
+    images, labels = next(iter(open_data(model.card.data).test.batches([__import__("torch").arange(200)])))
+    assert (model.predict(images) == labels).float().mean() > 0.9
