@@ -47,6 +47,8 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         manifest: dict[str, Any] = json.loads((folder / MANIFEST).read_text())
         sums: dict[str, str] = dict(manifest["sha256"])
         int(manifest["step"]), dict(manifest["card"])
+        if not sums:
+            raise ValueError("it lists no files")
     except OSError as error:
         raise UserError(f"{folder / MANIFEST}: no whole checkpoint here ({error.strerror}); {remedy}") from None
     except (ValueError, KeyError, TypeError) as error:

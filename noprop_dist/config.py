@@ -1,22 +1,17 @@
 """The run card: every setting with its type, unit, default and check.
 
 One source for YAML files, the command line (``--section.name value``) and ``--help``: the docstring under a field is its
-help text. ``read_card`` merges a YAML file and a command line; everything wrong in either is reported at once.
+help text. How cards are read and written: cards.py.
 """
 
 from __future__ import annotations
 
-import argparse
-import difflib
 import math
 import os
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
-from pydantic_settings import BaseSettings, CliSettingsSource, PydanticBaseSettingsSource, SettingsConfigDict
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 
 class UserError(Exception):
@@ -24,7 +19,7 @@ class UserError(Exception):
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
 
 
 class DataCard(Section):
@@ -67,7 +62,7 @@ class ModelCard(Section):
     """Class embeddings W."""
     head: Literal["linear"] = "linear"
     """p̂_out, from z_T to class logits."""
-    dropout: float = Field(0.2, ge=0, lt=1)
+    dropout: float = Field(0.2, ge=0, le=0.99)
     """Dropout probability in the image path."""
 
 
@@ -91,7 +86,7 @@ class OptimCard(Section):
 
 
 class TrainCard(Section):
-    epochs: int = Field(60, ge=1)
+    epochs: int = Field(30, ge=1)
     """Passes over the training set."""
     steps: int | None = Field(None, ge=1)
     """Length in steps instead of epochs."""
@@ -171,123 +166,21 @@ class Card(Section):
     def _consistent(self) -> Card:
         blocks, low, high = self.model.blocks, self.method.alpha_min, self.method.alpha_max
         first, last = (math.sin(math.pi / 2 * s / blocks) ** 2 for s in (1, blocks - 1))
-        if not low < high:
-            raise ValueError(f"method.alpha_min: {low} is not below method.alpha_max {high}; lower it")
-        if blocks > 1 and low >= first:
-            raise ValueError(
-                f"method.alpha_min: {low} would flatten the schedule of {blocks} blocks; use less than {first:.2g}"
-            )
-        if blocks > 1 and high <= last:
-            raise ValueError(
-                f"method.alpha_max: {high} would flatten the schedule of {blocks} blocks; use more than {last:.6g}"
-            )
-        if self.inference.blocks and self.inference.blocks > blocks:
-            raise ValueError(f"inference.blocks: {self.inference.blocks} is more than model.blocks {blocks}; lower it")
+        flat = f"would flatten the schedule of {blocks} blocks"
+        mistakes = [
+            (low >= high, f"method.alpha_min: {low} is not below method.alpha_max {high}; lower it"),
+            (blocks > 1 and first <= low < high, f"method.alpha_min: {low} {flat}; use less than {first:.2g}"),
+            (blocks > 1 and low < high <= last, f"method.alpha_max: {high} {flat}; use more than {last:.6g}"),
+            (
+                (self.inference.blocks or 0) > blocks,
+                f"inference.blocks: {self.inference.blocks} is more than model.blocks {blocks}; lower it",
+            ),
+        ]
+        if found := [text for wrong, text in mistakes if wrong]:
+            raise ValueError("\n".join(found))
         return self
-
-
-class _CommandLine(Card, BaseSettings):
-    """The card as pydantic-settings reads it: init values (the YAML file) below the command line, nothing else."""
-
-    model_config = SettingsConfigDict(cli_avoid_json=True, cli_hide_none_type=True)
-
-    @classmethod
-    def settings_customise_sources(
-        cls, settings_cls: type[BaseSettings], init_settings: PydanticBaseSettingsSource, *_: Any, **__: Any
-    ) -> tuple[PydanticBaseSettingsSource, ...]:
-        return (init_settings,)
-
-
-def read_card(
-    parser: argparse.ArgumentParser, argv: Sequence[str], base: Card | None = None
-) -> tuple[Card, argparse.Namespace]:
-    """Read a card from ``argv`` with pydantic-settings on top of ``parser``'s own arguments.
-
-    A ``card`` argument of the parser names a YAML file; ``base`` (instead of a file) gives the values below the command line.
-    Raises :class:`UserError` listing every mistake, each with its place and, for a misspelt name, the nearest right one.
-    """
-    own = {action.dest for action in parser._actions}
-    source: CliSettingsSource[Any] = CliSettingsSource(_CommandLine, root_parser=parser, cli_parse_args=False)
-    argv = [{"--debug": "--debug.enabled=true"}.get(word, word) for word in argv]
-    arguments, unknown = parser.parse_known_args(argv)
-    mistakes = [_unknown(word.split("=")[0].lstrip("-"), "command line") for word in unknown if word.startswith("--")]
-    mistakes += [f"command line: {word!r} belongs to no setting" for word in unknown if not word.startswith("-")] * (
-        not mistakes
-    )
-    path = getattr(arguments, "card", None) if not mistakes else None
-    values = read_yaml(Path(path)) if path else base.model_dump() if base else {}
-    given = {name: value for name, value in vars(arguments).items() if name not in own}
-    try:
-        card = _CommandLine(_cli_settings_source=source(parsed_args=given), **values)
-    except ValidationError as error:
-        mistakes += _mistakes(error, path, values)
-    if mistakes:
-        raise UserError("\n".join(mistakes))
-    return Card.model_validate(card.model_dump()), arguments
-
-
-def load_card(path: Path) -> Card:
-    """Read and check one YAML card. Raises :class:`UserError`."""
-    values = read_yaml(path)
-    try:
-        return Card.model_validate(values)
-    except ValidationError as error:
-        raise UserError("\n".join(_mistakes(error, path, values))) from None
-
-
-def read_yaml(path: Path) -> dict[str, Any]:
-    """A YAML file's mapping. Raises :class:`UserError` where it is missing, broken or no mapping of sections."""
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(
-            f"{path}: cannot read this card ({getattr(error, 'strerror', None) or error}); name a YAML file"
-        ) from None
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f"{path}:{mark.line + 1}" if mark else str(path)
-        raise UserError(f"{line}: not YAML ({getattr(error, 'problem', error)}); mend that line") from None
-    if not isinstance(values, dict) or not all(isinstance(section, str) for section in values):
-        raise UserError(f"{path}: a card is a mapping of sections such as 'train: {{epochs: 3}}'")
-    return values
-
-
-def dump_card(card: Card) -> str:
-    """The card as YAML, every setting spelt out."""
-    return yaml.safe_dump(card.model_dump(mode="json"), sort_keys=False)
 
 
 def default_root() -> Path:
     """Where data lies when ``data.root`` is unset."""
     return Path(os.environ.get("NOPROP_DATA", "data"))
-
-
-def setting_names() -> list[str]:
-    """Every ``section.name`` there is."""
-    return [
-        f"{section}.{name}"
-        for section, field in Card.model_fields.items()
-        for name in field.annotation.model_fields  # type: ignore[union-attr]
-    ]
-
-
-def _unknown(name: str, place: str) -> str:
-    nearest = difflib.get_close_matches(name, [*setting_names(), *Card.model_fields], n=1, cutoff=0.5)
-    return f"{place}: unknown setting {name}" + (f"; did you mean {nearest[0]}?" if nearest else "; see --help")
-
-
-def _mistakes(error: ValidationError, path: object, values: dict[str, Any]) -> list[str]:
-    lines = []
-    for item in error.errors():
-        name = ".".join(map(str, item["loc"]))
-        found: Any = values
-        for part in item["loc"]:
-            found = found.get(part) if isinstance(found, dict) else None
-        place = str(path) if path and found is not None else "command line" if path else "card"
-        if item["type"] == "extra_forbidden":
-            lines.append(_unknown(name, place))
-        elif not name:  # our own check, which names its setting itself
-            lines.append(f"{place}: " + item["msg"].removeprefix("Value error, "))
-        else:
-            lines.append(f"{place}: {name}: {item['msg'][0].lower()}{item['msg'][1:]}, not {item['input']!r}")
-    return lines

@@ -12,8 +12,9 @@ import json
 from pathlib import Path
 
 from noprop_dist import command
+from noprop_dist.cards import load_card, read_card
 from noprop_dist.checkpoint import LABELS, block_file, newest_whole
-from noprop_dist.config import UserError, load_card, read_card
+from noprop_dist.config import UserError
 from noprop_dist.data import open_data
 from noprop_dist.files import read, unpack
 from noprop_dist.learner import inference_state

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -37,7 +38,8 @@ def write(path: Path, blob: bytes) -> None:
             os.fsync(file.fileno())
         partial.rename(path)
     except OSError as error:
-        partial.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
         raise UserError(f"{path}: cannot write ({error.strerror}); free space or choose another --run.dir") from None
 
 

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 
 from noprop_dist import files
-from noprop_dist.config import Card, UserError, dump_card
+from noprop_dist.cards import dump_card
+from noprop_dist.config import Card, UserError
 from noprop_dist.data import DataInfo, DataSet, describe, open_data, resolve_augment
 from noprop_dist.model import NoPropModel
 from noprop_dist.nets.block import resolve_backbone

@@ -85,8 +85,8 @@ class Learner:
             key, parameter_name = name.split(".", 1)
             parameter = self._parameters[parameter_name]
             # in the parameter's memory format: the fused optimizers walk both side by side
-            like = torch.empty_like(parameter) if value.shape == parameter.shape else torch.empty_like(value)
-            self.optimizer.state[parameter][key] = like.copy_(value).detach()
+            like = parameter.detach() if value.shape == parameter.shape else value.to(parameter.device)
+            self.optimizer.state[parameter][key] = torch.empty_like(like).copy_(value)
 
 
 def inference_state(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 
 from noprop_dist import command
-from noprop_dist.config import read_card
+from noprop_dist.cards import read_card
 from noprop_dist.launcher import dry_run, train
 from noprop_dist.parallel.world import rank_and_size
 from noprop_dist.report.console import print_summary

@@ -15,8 +15,12 @@ import torch
 
 from noprop_dist import Card
 
+# The bits are promised for the CPU with one thread a rank; processes that tests start inherit both.
+os.environ |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 torch.set_num_threads(1)
-os.environ["OMP_NUM_THREADS"] = "1"  # what processes that tests start inherit
+torch.zeros(
+    (), requires_grad=True
+).backward()  # autograd counts devices at its first call: before tests fake some, or forks fail
 
 
 @pytest.fixture

@@ -4,7 +4,8 @@ import argparse
 
 import pytest
 
-from noprop_dist.config import Card, UserError, dump_card, load_card, read_card, setting_names
+from noprop_dist.cards import dump_card, load_card, read_card, setting_names
+from noprop_dist.config import Card, UserError
 
 
 @pytest.fixture
@@ -38,7 +39,7 @@ MISTAKES = [
     ("optim: {name: lion}", (), [("c.yaml", "optim.name", "'adamw'", "'lion'")]),
     ("data: {batch_size: 1}", (), [("c.yaml", "data.batch_size", "greater than 1")]),
     ("model: {blocks: 0}", (), [("c.yaml", "model.blocks", "not 0")]),
-    ("model: {dropout: 1}", (), [("c.yaml", "model.dropout", "less than 1")]),
+    ("model: {dropout: 1}", (), [("c.yaml", "model.dropout", "less than or equal to 0.99")]),
     ("run: {name: ../x}", (), [("c.yaml", "run.name", "'../x'")]),
     ("run: {name: ..}", (), [("c.yaml", "run.name", "'..'")]),
     ('run: {name: "a\\n"}', (), [("c.yaml", "run.name", r"'a\n'")]),

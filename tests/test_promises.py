@@ -57,6 +57,15 @@ def test_any_number_of_ranks_and_either_feed_end_in_the_same_bytes(small_card, o
         assert last_files(card) == expected, f"{feed} feed on {ranks} ranks"
 
 
+def test_ten_ranks_with_a_block_each(small_card, on_ranks):
+    card = small_card(model={"blocks": 10}, train={"steps": 2})
+    summary = run(on_ranks, card, 10)
+    assert [block["rank"] for block in summary["blocks"]] == list(range(10))
+    other = named(card, "alone")
+    train(other)
+    assert last_files(card) == last_files(other)
+
+
 def test_bf16_too_is_the_same_on_any_number_of_ranks(small_card, on_ranks):
     card = small_card(train={"precision": "bf16"})
     run(on_ranks, card, 2)

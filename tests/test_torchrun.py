@@ -10,9 +10,13 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from PIL import Image
+from sklearn.datasets import load_digits
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from noprop_dist import NoPropModel, config
+from noprop_dist import NoPropModel
+from noprop_dist.cards import load_card
 from noprop_dist.data import open_data
 
 PYTHON = [sys.executable, "-m"]
@@ -53,7 +57,7 @@ def test_a_run_leaves_everything_it_promises(trained):
     assert summary["samples_per_second"] > 0 and summary["peak_memory_bytes"] > 0
     for part in ("card.yaml", "model/model.safetensors", "model/config.json"):
         assert (folder / part).is_file()
-    assert config.load_card(folder / "card.yaml").model.backbone == "small-cnn"
+    assert load_card(folder / "card.yaml").model.backbone == "small-cnn"
     for word in ("samples/s", "peak memory", "busy", "accuracy of its û", "gradients", "checkpoint", "tensorboard"):
         assert word in result.stdout
     assert f"{summary['test_accuracy']:.2%}" in result.stdout
@@ -123,7 +127,7 @@ def test_two_nodes_that_share_no_disk_end_in_the_same_bytes(trained, tmp_path):
 def test_every_shipped_card_loads_and_dry_runs(card, tmp_path, capsys):
     from noprop_dist.launcher import dry_run
 
-    loaded = config.load_card(card)
+    loaded = load_card(card)
     dry_run(loaded, 4)
     printed = capsys.readouterr().out
     assert "placement" in printed and "0-1" in printed and "7-9" in printed
@@ -152,7 +156,7 @@ def test_dry_run_starts_and_writes_nothing(tmp_path):
     ],
 )
 def test_a_mistake_is_one_line_and_exit_code_2(arguments, message, tmp_path):
-    if "cuda" in arguments and config.__name__ and __import__("torch").cuda.is_available():
+    if "cuda" in arguments and torch.cuda.is_available():
         pytest.skip("there is a GPU here")
     result = run(*PYTHON, "noprop_dist.train", *arguments, cwd=tmp_path, expect=2)
     assert re.fullmatch(rf"error: .*{re.escape(message)}.*\n", result.stderr), result.stderr
@@ -163,6 +167,36 @@ def test_more_ranks_than_blocks_says_what_to_do(tmp_path):
     command = [*TORCHRUN, "--nproc_per_node=2", "-m", "noprop_dist.train", "--model.blocks", "1"]
     result = run(*command, cwd=tmp_path, expect=1)  # torchrun's own exit code
     assert result.stderr.count("error: 2 ranks for 1 block: every rank owns at least one; start at most 1 rank") == 1
+
+
+def test_threads_a_rank_are_cores_by_ranks_unless_the_user_says(tmp_path):
+    """torchrun itself sets OMP_NUM_THREADS to 1, which is not the user's word."""
+    probe = tmp_path / "probe.py"
+    probe.write_text(
+        "import os\nfrom noprop_dist.config import ParallelCard\nfrom noprop_dist.parallel.world import set_threads\n"
+        "os.sched_getaffinity = lambda pid: range(6)\nprint('threads', set_threads(ParallelCard()))\n"
+    )
+    for given, threads in (({}, 3), ({"OMP_NUM_THREADS": "1"}, 1)):
+        env = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"} | given
+        command = [*TORCHRUN, "--nproc_per_node=2", str(probe)]
+        printed = subprocess.run(command, env=env, capture_output=True, text=True, timeout=240).stdout
+        assert printed.count(f"threads {threads}\n") == 2, printed
+
+
+def test_ones_own_pictures_stream_to_every_rank(tmp_path):
+    """An image folder, decoded by workers of the coordinator."""
+    digits = load_digits()
+    for number, (pixels, label) in enumerate(zip(digits.images[:120], digits.target[:120], strict=True)):
+        folder = tmp_path / "pictures" / ("train" if number % 4 else "val") / f"digit-{label}"
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray((pixels * 15).astype("uint8")).resize((20, 24)).save(folder / f"{number}.png")
+    command = [*TORCHRUN, "--nproc_per_node=2", "-m", "noprop_dist.train", "--data.name", "imagefolder"]
+    command += ["--data.root", "pictures", "--data.image_size", "16", "--data.workers", "2", *SMALL, "--run.name", "mine"]
+    run(*command, cwd=tmp_path)
+    card = load_card(tmp_path / "runs/mine/card.yaml")
+    assert (card.data.augment, card.model.backbone) == ("crop-flip", "paper-cnn")
+    model = NoPropModel.from_pretrained(tmp_path / "runs/mine/model")
+    assert model.info.classes[0] == "digit-0" and model.info.shape == (3, 16, 16)
 
 
 def test_train_and_model_from_python(tmp_path):
@@ -197,5 +231,5 @@ def test_mnist_learns_within_a_few_steps(tmp_path):
     summary = json.loads((tmp_path / "runs/mnist/summary.json").read_text())
     assert summary["test_accuracy"] > 0.9
     model = NoPropModel.from_pretrained(tmp_path / "runs/mnist/model")
-    images, labels = next(iter(open_data(model.card.data).test.batches([__import__("torch").arange(200)])))
+    images, labels = next(iter(open_data(model.card.data).test.batches([torch.arange(200)])))
     assert (model.predict(images) == labels).float().mean() > 0.9

@@ -6,11 +6,13 @@ facts there; ``connect`` then forms the process groups, one a kind of message. A
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import threading
 from collections.abc import Callable
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -41,6 +43,8 @@ class World:
         self.local_rank = int(os.environ.get("LOCAL_RANK", 0))
         self.local_size = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
         self.device, self.backend = choose_device(card, self.local_rank, self.local_size)
+        if self.device.type == "cuda":
+            torch.cuda.set_device(self.device)
         self.traffic = Traffic(self.rank)
         self.wires: dict[str, Wire] = {}
         self.step = 0
@@ -79,20 +83,27 @@ class World:
 
     def connect(self, placement: Placement) -> None:
         """Form the process groups. From here on ``wires[kind]`` carries that kind's messages."""
-        self._placement = placement
-        timeout = timedelta(seconds=self.card.timeout)
-        groups: dict[str, dist.ProcessGroup | None] = dict.fromkeys(KINDS)
-        if self.size > 1:
-            dist.init_process_group("gloo", store=self.store, rank=self.rank, world_size=self.size, timeout=timeout)
-            for kind in KINDS[:-1]:
-                backend = self.backend if kind == "batches" else "gloo"
-                groups[kind] = dist.new_group(backend=backend, timeout=timeout)
-            self._beat(0)
-            threading.Thread(target=self._keep_beating, args=(self.store.clone(),), daemon=True).start()  # type: ignore[attr-defined]
-            self.exchange("connected", True)
+        groups = self._form_groups() if self.size > 1 else {}
         for kind in KINDS[:-1]:
             device = self.device if kind == "batches" and self.backend == "nccl" else torch.device("cpu")
-            self.wires[kind] = Wire(kind, self.traffic, groups[kind], self.size, device, self._explain)
+            self.wires[kind] = Wire(kind, self.traffic, groups.get(kind), self.size, device, self._explain)
+        self._placement = placement
+
+    def _form_groups(self) -> dict[str, dist.ProcessGroup]:
+        timeout = timedelta(seconds=self.card.timeout)
+        try:
+            dist.init_process_group("gloo", store=self.store, rank=self.rank, world_size=self.size, timeout=timeout)
+            groups = {
+                kind: dist.new_group(backend=self.backend if kind == "batches" else "gloo", timeout=timeout)
+                for kind in KINDS[:-1]
+            }
+        except RuntimeError as error:
+            raise self._explain("process groups", None) from error
+        self._beat(0)
+        store = self.store.clone()  # type: ignore[attr-defined]
+        threading.Thread(target=self._keep_beating, args=(store,), daemon=True).start()
+        self.exchange("connected", True)
+        return groups
 
     def close(self) -> None:
         """Leave together: nobody tears a connection down that another still reads from."""
@@ -128,23 +139,26 @@ class World:
         """Name the ranks whose heart no longer beats; failing that, the one that was waited for."""
         if self._placement is None:
             return PeerError(f"rank {self.rank} waited in vain for {what}: not all {self.size} ranks have come")
-        me = self._placement.name(self.rank)
         try:
-            before = self._beats()
-            self._leaving.wait(2.5 * BEAT)
-            after = self._beats()
-            silent = [rank for rank in range(self.size) if rank != self.rank and before[rank] == after[rank]]
+            if not self.store.check(["verdict"]):
+                self.store.set("verdict", self._name_silent(self._placement))
+            verdict = bytes(self.store.get("verdict")).decode()  # the first one to notice is right: soon others are gone too
         except RuntimeError:
-            after, silent = {}, []
-        suspects = silent or ([] if peer is None else [peer])
-        named = ", ".join(
-            self._placement.name(rank) + (f", last at step {after[rank].split()[1]}" if rank in after else "")
-            for rank in suspects
-        )
-        return PeerError(
-            f"{me} at step {self.step} waited in vain for {what}: "
-            f"{'no sign of life from' if silent else 'lost'} {named or 'another rank'}"
-        )
+            verdict = ""
+        if not verdict:
+            verdict = "lost " + (self._placement.name(peer) if peer is not None else "another rank")
+        return PeerError(f"{self._placement.name(self.rank)} at step {self.step} waited in vain for {what}: {verdict}")
+
+    def _name_silent(self, placement: Placement) -> str:
+        before = self._beats()
+        self._leaving.wait(2.5 * BEAT)
+        after = self._beats()
+        silent = [
+            f"{placement.name(rank)}, last heard of at step {after[rank].split()[1]}"
+            for rank in range(self.size)
+            if rank != self.rank and before[rank] == after[rank]
+        ]
+        return f"no sign of life from {'; '.join(silent)}" if silent else ""
 
     def _beats(self) -> dict[int, str]:
         return {rank: bytes(self.store.get(f"beat/{rank}")).decode() for rank in range(self.size)}
@@ -173,6 +187,16 @@ def set_threads(card: ParallelCard) -> int:
     """CPU threads of this rank: the card's, else $OMP_NUM_THREADS, else cores / local ranks. Returns the number."""
     local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    threads = card.threads or int(os.environ.get("OMP_NUM_THREADS") or max(1, cores // local))
+    threads = card.threads or _omp_num_threads() or max(1, cores // local)
     torch.set_num_threads(threads)
     return threads
+
+
+def _omp_num_threads() -> int:
+    """$OMP_NUM_THREADS as the user gave it, else 0. torchrun sets it to 1 by itself, yet not where its own process began."""
+    value = os.environ.get("OMP_NUM_THREADS", "")
+    if value == "1" and "TORCHELASTIC_RUN_ID" in os.environ:
+        with contextlib.suppress(OSError):
+            given = Path(f"/proc/{os.getppid()}/environ").read_bytes().split(b"\0")
+            value = next((item.partition(b"=")[2].decode() for item in given if item.startswith(b"OMP_NUM_THREADS=")), "")
+    return int(value) if value.isdecimal() else 0

@@ -35,6 +35,14 @@ def test_features_are_encoded_without_z_and_serve_every_z(block):
     assert block.denoise(z, block.encode(x), w).equal(at_z), "and on nothing else that changed"
 
 
+def test_the_label_path_has_a_residual_connection(block):
+    """With a silent residual branch z still gets through."""
+    block.eval()
+    torch.nn.init.zeros_(block.residual[-1].weight)
+    features, w = block.encode(torch.randn(4, 1, 8, 8)), torch.randn(5, 3)
+    assert not block.denoise(torch.randn(4, 3), features, w).isclose(block.denoise(torch.randn(4, 3), features, w)).all()
+
+
 def test_the_estimate_depends_on_the_image(block):
     block.eval()
     z, w = torch.randn(4, 3), torch.randn(5, 3)

@@ -1,0 +1,91 @@
+"""What happens between ranks when something is wrong, and what a rank settles for itself."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+
+import pytest
+
+from noprop_dist import UserError, train
+from noprop_dist.config import ParallelCard
+from noprop_dist.parallel.traffic import PeerError
+from noprop_dist.parallel.world import Stopped, World, choose_device, set_threads
+from noprop_dist.trainer import Trainer
+
+
+@pytest.mark.parametrize("number", [signal.SIGSTOP, signal.SIGKILL], ids=["stalled", "dead"])
+def test_a_rank_that_falls_silent_is_named_with_its_blocks_and_step(small_card, on_ranks, tmp_path, number):
+    card = small_card(parallel={"timeout": 3}, train={"log_every": 1})
+    step = Trainer._step
+
+    def work(rank: int, init_method: str) -> str:
+        def faulty(self: Trainer, number_of_step: int, *args: object) -> None:
+            if rank == 2 and number_of_step == 3:
+                (tmp_path / "victim").write_text(str(os.getpid()))
+                os.kill(os.getpid(), number)
+            step(self, number_of_step, *args)
+
+        Trainer._step = faulty  # type: ignore[method-assign]
+        try:
+            train(card, init_method)
+        except PeerError as error:
+            return str(error)
+        finally:
+            if rank == 0:
+                os.kill(int((tmp_path / "victim").read_text()), signal.SIGKILL)
+        return "nothing noticed"
+
+    messages = on_ranks(4, work, check=False)
+    assert isinstance(messages.pop(2), ChildProcessError)
+    for message in messages:
+        assert re.fullmatch(r"rank \d \(block \d\) at step [3456] waited in vain for \w+ of step [345]: .*", message)
+        assert re.search(r": no sign of life from rank 2 \(block 2\), last heard of at step [0-3]$", message)
+
+
+def test_a_mistake_that_only_the_coordinator_sees_stops_every_rank(small_card, on_ranks):
+    card = small_card(data={"name": "npz", "root": "no-such-file.npz"})
+    first, *others = on_ranks(3, lambda rank, init_method: train(card, init_method), check=False)
+    assert isinstance(first, UserError) and "no-such-file.npz" in str(first)
+    assert [type(other) for other in others] == [Stopped, Stopped]
+
+
+def test_ranks_with_different_cards_are_told_so(small_card, on_ranks):
+    def work(rank: int, init_method: str) -> None:
+        train(small_card(optim={"lr": 0.1 if rank else 0.2}, parallel={"timeout": 3}), init_method)
+
+    waiting, other = on_ranks(2, work, check=False)
+    assert isinstance(waiting, PeerError) and "not all 2 ranks have come" in str(waiting)
+    assert isinstance(other, UserError)
+    assert str(other).startswith("rank 1: its card is not rank 0's: optim.lr: 0.2 there, 0.1 here")
+
+
+def test_ranks_agree_at_the_store_before_any_group_is_formed(on_ranks):
+    def work(rank: int, init_method: str) -> tuple[str, list[int]]:
+        world = World(ParallelCard(timeout=20), init_method)
+        return world.publish("word", lambda: f"from {rank}"), world.exchange("square", rank * rank)
+
+    assert on_ranks(3, work) == [("from 0", [0, 1, 4])] * 3
+
+
+def test_threads_are_the_cards_else_omp_num_threads_else_cores_by_local_ranks(monkeypatch):
+    monkeypatch.setattr("torch.set_num_threads", lambda threads: None)
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: range(8))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    assert set_threads(ParallelCard(threads=5)) == 5
+    assert set_threads(ParallelCard()) == 3
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    assert set_threads(ParallelCard()) == 2
+
+
+def test_nccl_only_where_every_local_rank_has_a_gpu(monkeypatch):
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    monkeypatch.setattr("torch.distributed.is_nccl_available", lambda: True)
+    assert choose_device(ParallelCard(), 1, 2)[1] == "nccl"
+    device, backend = choose_device(ParallelCard(), 3, 4)
+    assert (str(device), backend) == ("cuda:1", "gloo"), "four ranks share two GPUs"
+    assert str(choose_device(ParallelCard(device="cpu"), 0, 1)[0]) == "cpu"
+    with pytest.raises(UserError, match="nccl needs a GPU for each of the 4 local ranks"):
+        choose_device(ParallelCard(backend="nccl"), 0, 4)
