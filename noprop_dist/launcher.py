@@ -22,7 +22,7 @@ from noprop_dist.parallel.feed import Feed, message_size
 from noprop_dist.parallel.placement import COORDINATOR, place
 from noprop_dist.parallel.world import World, rank_and_size, set_threads
 from noprop_dist.report.console import log, print_placement, set_up_logging, size
-from noprop_dist.runs import RunFolder, claim_folder, differences, find_start
+from noprop_dist.runs import LOCAL, RunFolder, claim_folder, differences, find_start
 from noprop_dist.trainer import Trainer
 
 
@@ -98,8 +98,10 @@ def _agree(card: Card, threads: int, world: World) -> _Plan:
     info = DataInfo.from_json(world.publish("data", open_and_check))
     card = resolve(card, info)
     theirs = world.publish("card", lambda: card.model_dump(mode="json"))
-    if other := differences(theirs, card.model_dump(mode="json")):
+    if other := differences(theirs, card.model_dump(mode="json"), LOCAL):
         raise UserError(f"rank {world.rank}: its card is not rank 0's: {'; '.join(other)}; give all ranks the same card")
+    if (backend := world.publish("backend", lambda: world.backend)) != world.backend:
+        raise UserError(f"rank {world.rank}: has {world.backend} where rank 0 has {backend}; set --parallel.backend gloo")
     parallel = card.parallel.model_copy(update={"threads": threads})  # a sum's last bit depends on it
     card = card.model_copy(update={"parallel": parallel})
     name, checkpoint, start = world.publish("start", lambda: _begin(card))

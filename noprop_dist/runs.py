@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,8 @@ FREE = {
     "debug.enabled",
 }
 """Settings and sections that may change at a resume: they decide how long, where and by whom, not what is computed."""
+LOCAL = {"data.root", "data.workers", "run.dir", "parallel.device", "parallel.threads"}
+"""Settings that may differ between the ranks of a run."""
 
 
 @dataclass(frozen=True)
@@ -112,11 +114,11 @@ def find_start(card: Card, checkpoints: Path | None) -> tuple[Path | None, int, 
     return found, manifest["step"], notes
 
 
-def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-    """Settings outside FREE in which two dumped cards differ, e.g. ``optim.lr: 0.001 there, 0.01 here``."""
+def differences(old: Mapping[str, Any], new: Mapping[str, Any], free: Set[str] = FREE) -> list[str]:
+    """Settings outside ``free`` in which two dumped cards differ, e.g. ``optim.lr: 0.001 there, 0.01 here``."""
     return [
         f"{section}.{name}: {old.get(section, {}).get(name)} there, {value} here"
         for section, values in new.items()
         for name, value in values.items()
-        if old.get(section, {}).get(name) != value and not {section, f"{section}.{name}"} & FREE
+        if old.get(section, {}).get(name) != value and not {section, f"{section}.{name}"} & free
     ]

@@ -51,14 +51,15 @@ def test_a_mistake_that_only_the_coordinator_sees_stops_every_rank(small_card, o
     assert [type(other) for other in others] == [Stopped, Stopped]
 
 
-def test_ranks_with_different_cards_are_told_so(small_card, on_ranks):
+@pytest.mark.parametrize(("section", "name"), [("optim", "lr"), ("train", "steps")])
+def test_ranks_with_different_cards_are_told_so(small_card, on_ranks, section, name):
     def work(rank: int, init_method: str) -> None:
-        train(small_card(optim={"lr": 0.1 if rank else 0.2}, parallel={"timeout": 3}), init_method)
+        train(small_card(**{section: {name: 1 + rank}, "parallel": {"timeout": 3}}), init_method)
 
     waiting, other = on_ranks(2, work, check=False)
     assert isinstance(waiting, PeerError) and "not all 2 ranks have come" in str(waiting)
     assert isinstance(other, UserError)
-    assert str(other).startswith("rank 1: its card is not rank 0's: optim.lr: 0.2 there, 0.1 here")
+    assert str(other).startswith(f"rank 1: its card is not rank 0's: {section}.{name}: 1")
 
 
 def test_ranks_agree_at_the_store_before_any_group_is_formed(on_ranks):

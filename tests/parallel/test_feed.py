@@ -1,0 +1,62 @@
+"""Batches: what a message holds, and in which order they come."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from noprop_dist.config import ParallelCard
+from noprop_dist.data import open_data, train_indices
+from noprop_dist.parallel.feed import Feed, message_size, pack, unpack
+from noprop_dist.parallel.placement import place
+from noprop_dist.parallel.world import World
+
+
+def test_a_message_is_small_and_whole():
+    images = torch.randint(0, 256, (5, 3, 4, 6), dtype=torch.uint8)
+    labels = torch.tensor([0, 1, 99, 1000, 70000])
+    message = pack(2**40, images, labels)
+    assert message.dtype == torch.uint8 and len(message) == message_size(5, (3, 4, 6)) == 8 + 5 * (4 + 72)
+    step, batch = unpack(message, (3, 4, 6))
+    assert step == 2**40 and torch.equal(batch.images, images) and torch.equal(batch.labels, labels)
+
+
+@pytest.mark.parametrize("feed", ["stream", "resident"])
+@pytest.mark.parametrize("prefetch", [0, 1, 2, 50])
+def test_every_rank_sees_the_batches_of_the_order_whatever_travels_ahead(small_card, on_ranks, feed, prefetch):
+    card = small_card(parallel={"feed": feed, "prefetch": prefetch})
+    data = open_data(card.data)
+
+    def work(rank: int, init_method: str) -> list[list[int]]:
+        world = World(ParallelCard(timeout=30), init_method)
+        world.connect(place([1.0] * 4, world.size))
+        feed = Feed(card, data.info, world, data if rank == 0 else None)
+        seen = [batch.labels for batch in feed.train(3, 8)]
+        seen += [batch.labels for batch in feed.test()]  # an evaluation between two steps
+        seen += [batch.labels for batch in feed.train(8, 9)]
+        world.close()
+        return [labels.tolist() for labels in seen]
+
+    labels = data.train.load()[1]
+    wanted = [labels[train_indices(card.run.seed, step, size=len(labels), batch_size=32)] for step in (3, 4, 5, 6, 7, 8)]
+    wanted[5:5] = data.test.load()[1].split(100)
+    for seen in on_ranks(3, work):
+        assert seen == [part.tolist() for part in wanted]
+
+
+def test_an_evaluation_in_mid_training_does_not_mix_up_the_batches_under_way(small_card, on_ranks):
+    card = small_card()
+    data = open_data(card.data)
+
+    def work(rank: int, init_method: str) -> list[int]:
+        world = World(ParallelCard(timeout=30), init_method)
+        world.connect(place([1.0] * 4, world.size))
+        feed = Feed(card, data.info, world, data if rank == 0 else None)
+        seen = []
+        for batch in feed.train(0, 3):
+            seen += [int(batch.labels.sum()), *(int(part.labels.sum()) for part in feed.test())]
+        world.close()
+        return seen
+
+    first, second = on_ranks(2, work)
+    assert first == second and len(set(first)) > 4

@@ -1,0 +1,122 @@
+"""Inference along the chain, however it is cut and wherever it ends."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from noprop_dist import NoPropModel, UserError, train
+from noprop_dist.chain import Segment, Tally, read_out
+from noprop_dist.data import Pixels, open_data
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory) -> NoPropModel:
+    from noprop_dist import Card
+
+    folder = tmp_path_factory.mktemp("chain")
+    card = Card.model_validate({"model": {"blocks": 3}, "train": {"steps": 40}, "run": {"dir": str(folder), "name": "r"}})
+    model = train(card).model
+    assert model is not None
+    return model
+
+
+@pytest.fixture(scope="module")
+def images(trained) -> torch.Tensor:
+    return open_data(trained.card.data).test.load()[0][:50]
+
+
+def test_the_mean_path_follows_the_equations_step_by_step(trained, images):
+    """z_t = a_t·û + b_t·z_{t-1} from z_0 = 0, with the coefficients written out."""
+    x = Pixels(trained.card.data, trained.info).normalise(images)
+    z = torch.zeros(len(images), 10)
+    alpha_bar = torch.tensor([0.0, 1 / 3, 2 / 3, 1.0], dtype=torch.float64).mul(torch.pi / 2).sin().square()
+    alpha_bar = alpha_bar.clamp(trained.card.method.alpha_min, trained.card.method.alpha_max).tolist()
+    with torch.no_grad():
+        for t in (1, 2, 3):
+            block = trained.blocks[t - 1]
+            estimate = block.denoise(z, block.encode(x), torch.eye(10))
+            alpha = alpha_bar[t - 1] / alpha_bar[t]
+            a = alpha_bar[t] ** 0.5 * (1 - alpha) / (1 - alpha_bar[t - 1])
+            b = alpha**0.5 * (1 - alpha_bar[t]) / (1 - alpha_bar[t - 1])
+            z = a * estimate + b * z
+        expected = trained.labels(z).log_softmax(dim=1)
+    torch.testing.assert_close(trained(images), expected, atol=1e-4, rtol=1e-4)
+
+
+def test_cutting_the_chain_into_segments_changes_no_bit(trained, images):
+    blocks = dict(enumerate(trained.blocks))
+    embedding, pixels = trained.labels.embedding, Pixels(trained.card.data, trained.info)
+
+    def through(*cuts: list[int]) -> torch.Tensor:
+        paths = None
+        for cut in cuts:
+            segment = Segment(trained.card, {index: blocks[index] for index in cut}, embedding, pixels)
+            paths = segment.start(len(images), 7) if paths is None else paths
+            paths, _ = segment.advance(segment.encode(images), paths, 7)
+        return paths
+
+    assert torch.equal(through([0, 1, 2]), through([0], [1], [2]))
+
+
+def test_an_early_exit_reads_the_last_blocks_estimate(trained, images):
+    x = Pixels(trained.card.data, trained.info).normalise(images)
+    with torch.no_grad():
+        block = trained.blocks[0]
+        estimate = block.denoise(torch.zeros(len(images), 10), block.encode(x), torch.eye(10))
+        expected = trained.labels(estimate).log_softmax(dim=1)
+    torch.testing.assert_close(trained(images, blocks=1), expected, atol=1e-4, rtol=1e-4)
+
+
+def test_the_stochastic_chain_depends_on_the_batch_number_and_averages_its_samples(trained, images):
+    first, again = trained(images, path="stochastic"), trained(images, path="stochastic")
+    assert torch.equal(first, again)
+    assert not torch.equal(first, trained(images, path="stochastic", batch=1))
+    assert not torch.equal(first, trained(images, path="stochastic", samples=4))
+    assert torch.allclose(trained(images, path="stochastic", samples=4).exp().sum(dim=1), torch.ones(len(images)))
+    assert torch.equal(trained(images), trained(images, batch=1)), "the mean path has no noise"
+
+
+def test_the_image_is_what_is_classified_not_the_label(trained, images):
+    """Black pictures must not be recognised: evaluation never sees the label."""
+    assert len(trained.predict(torch.zeros_like(images)).unique()) == 1
+    labels = open_data(trained.card.data).test.load()[1][:50]
+    assert (trained.predict(images) == labels).float().mean() > 0.8
+
+
+def test_read_out_averages_probabilities_of_the_stochastic_chains_only(trained):
+    paths = torch.randn(5, 2, 10)
+    mean, stochastic, average = read_out(trained.labels, paths).exp()
+    each = [trained.labels(row).softmax(dim=1) for row in paths]
+    torch.testing.assert_close(mean, each[0].detach())
+    torch.testing.assert_close(stochastic, (sum(each[1:4]) / 3).detach())
+    torch.testing.assert_close(average, each[4].detach())
+
+
+def test_a_tally_counts_shares():
+    tally = Tally()
+    scores = torch.zeros(3, 4, 2)
+    scores[0, :, 1] = 1  # the mean path says class 1 four times
+    tally.chain(scores, torch.tensor([1, 1, 1, 0]))
+    tally.estimates({0: torch.tensor([1, 1, 0, 0])}, torch.tensor([1, 1, 1, 0]))
+    found = tally.scores(1)
+    assert (found.mean, found.stochastic, found.average, found.blocks) == (0.75, 0.25, 0.25, (0.75,))
+
+
+@pytest.mark.parametrize("wrong", [{"path": "shortest"}, {"blocks": 4}, {"samples": 0}])
+def test_a_wrong_option_is_named(trained, images, wrong):
+    with pytest.raises(UserError):
+        trained(images, **wrong)
+
+
+def test_weights_of_another_model_are_refused_with_the_files_name(trained, tmp_path):
+    trained.save(tmp_path)
+    config = (tmp_path / "config.json").read_text().replace('"blocks": 3', '"blocks": 2')
+    (tmp_path / "config.json").write_text(config)
+    with pytest.raises(UserError, match=r"model\.safetensors: weights of another model"):
+        NoPropModel.from_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(UserError, match=r"config\.json: not a model's config"):
+        NoPropModel.from_pretrained(tmp_path)
+    with pytest.raises(UserError, match="nowhere"):
+        NoPropModel.from_pretrained(tmp_path / "nowhere")
