@@ -22,7 +22,7 @@ from noprop_dist.parallel.feed import Feed, message_size
 from noprop_dist.parallel.placement import COORDINATOR, place
 from noprop_dist.parallel.world import World, rank_and_size, set_threads
 from noprop_dist.report.console import log, print_placement, set_up_logging, size
-from noprop_dist.runs import LOCAL, RunFolder, claim_folder, differences, find_start
+from noprop_dist.runs import LOCAL, RunFolder, claim_folder, differences, find_start, total_steps
 from noprop_dist.trainer import Trainer
 
 
@@ -104,7 +104,7 @@ def _agree(card: Card, threads: int, world: World) -> _Plan:
         raise UserError(f"rank {world.rank}: has {world.backend} where rank 0 has {backend}; set --parallel.backend gloo")
     parallel = card.parallel.model_copy(update={"threads": threads})  # a sum's last bit depends on it
     card = card.model_copy(update={"parallel": parallel})
-    name, checkpoint, start = world.publish("start", lambda: _begin(card))
+    name, checkpoint, start = world.publish("start", lambda: _begin(card, info))
     card, folder = _with_name(card, name), RunFolder(card.run.dir / name)
     return _Plan(card, info, opened[0] if opened else None, folder, Path(checkpoint) if checkpoint else None, start)
 
@@ -149,10 +149,11 @@ def _with_name(card: Card, name: str) -> Card:
     return card.model_copy(update={"run": card.run.model_copy(update={"name": name})})
 
 
-def _begin(card: Card) -> tuple[str, str | None, int]:
+def _begin(card: Card, info: DataInfo) -> tuple[str, str | None, int]:
     """Find the run's name, checkpoint and step, and write its card: the coordinator's work."""
     named = RunFolder(card.run.dir / card.run.name) if card.run.name else None
-    checkpoint, step, notes = find_start(card, named.checkpoints if named else None)
+    total = total_steps(card, info.train_size)
+    checkpoint, step, notes = find_start(card, named.checkpoints if named else None, total)
     for note in notes:
         log.warning("%s", note)
     if checkpoint:

@@ -80,11 +80,16 @@ def claim_folder(runs: Path) -> Path:
     raise AssertionError
 
 
-def find_start(card: Card, checkpoints: Path | None) -> tuple[Path | None, int, list[str]]:
+def total_steps(card: Card, train_size: int) -> int:
+    """The length of a run in steps; the last batch of the last epoch runs into the next one."""
+    return card.train.steps or -(-card.train.epochs * train_size // card.data.batch_size)
+
+
+def find_start(card: Card, checkpoints: Path | None, total: int) -> tuple[Path | None, int, list[str]]:
     """Where a run starts: the checkpoint to load (None: from scratch), its step, and what the user should know.
 
-    ``checkpoints`` is the run's own folder of them, None for a new run. Raises UserError where ``train.resume`` cannot be done
-    without loss.
+    ``checkpoints`` is the run's own folder of them, None for a new run; ``total`` its length in steps. Raises UserError where
+    ``train.resume`` cannot be done without loss.
     """
     if card.train.resume not in ("auto", "never"):
         found, notes = Path(card.train.resume), list[str]()
@@ -109,6 +114,10 @@ def find_start(card: Card, checkpoints: Path | None) -> tuple[Path | None, int, 
         raise UserError(
             f"{found}: was trained with another card ({'; '.join(structural or changed)}); "
             "give those settings, or another --run.name to start anew"
+        )
+    if manifest["step"] > total:
+        raise UserError(
+            f"{found}: is of step {manifest['step']}, beyond this run's {total} steps; raise --train.epochs or --train.steps"
         )
     notes += [f"continues {found} with other settings: {line}" for line in changed]
     return found, manifest["step"], notes

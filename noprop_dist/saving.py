@@ -34,6 +34,8 @@ class Saver:
         mark = root / MARK
         token = world.publish("token", lambda: _put(mark, torch.randint(2**62, (1,)).item()))
         shared = world.exchange("shares disk", mark.exists() and read(mark).decode() == str(token))
+        if world.is_coordinator:
+            mark.unlink()
         self._apart = {rank for rank, sees in enumerate(shared) if not sees}
 
     def save(self, step: int, blocks: Mapping[int, Learner], labels: Learner, card: Mapping[str, Any]) -> Path:

@@ -24,7 +24,7 @@ from noprop_dist.parallel.feed import Batch, Feed
 from noprop_dist.parallel.placement import Placement
 from noprop_dist.parallel.relay import relay
 from noprop_dist.parallel.world import World
-from noprop_dist.runs import RunFolder
+from noprop_dist.runs import RunFolder, total_steps
 from noprop_dist.saving import Saver
 from noprop_dist.seeding import derive
 
@@ -39,7 +39,7 @@ class Trainer:
     def __init__(self, card: Card, info: DataInfo, world: World, placement: Placement, feed: Feed, folder: RunFolder) -> None:
         self.card, self.info, self.world, self.placement = card, info, world, placement
         self.feed, self.folder = feed, folder
-        self.total = card.train.steps or -(-card.train.epochs * info.train_size // card.data.batch_size)
+        self.total = total_steps(card, info.train_size)
         self.eval_every = card.train.eval_every or max(1, info.train_size // card.data.batch_size)
         self.method = Discrete(card.method, card.model.blocks)
         self.pixels = Pixels(card.data, info)
@@ -72,6 +72,8 @@ class Trainer:
             summary = log.summary(scores)
         if model is not None:
             model.save(self.folder.model)
+            if start == self.total and self.folder.summary.exists():  # a finished run's figures stand
+                return json.loads(files.read(self.folder.summary)), model
             parts = {"checkpoint": checkpoint, "tensorboard": self.folder.tensorboard, "model": self.folder.model}
             summary["files"] = {name: str(path) for name, path in parts.items()}
             files.write(self.folder.summary, json.dumps(summary, indent=1).encode())
