@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -23,11 +23,12 @@ class _CommandLine(Card, BaseSettings):
 
 
 def read_card(
-    parser: argparse.ArgumentParser, argv: Sequence[str], base: Card | None = None
+    parser: argparse.ArgumentParser, argv: Sequence[str], base: Callable[[argparse.Namespace], Card] | None = None
 ) -> tuple[Card, argparse.Namespace]:
     """Read a card from ``argv`` with pydantic-settings on top of ``parser``'s own arguments.
 
-    A ``card`` argument of the parser names a YAML file; ``base`` (instead of a file) gives the values below the command line.
+    A ``card`` argument of the parser names a YAML file; ``base`` (instead of a file) makes the card below the command line
+    from the parser's own arguments.
     Raises UserError listing every mistake, each with its place and, for a misspelt name, the nearest right one.
     """
     own = {action.dest for action in parser._actions}
@@ -40,7 +41,9 @@ def read_card(
     path = getattr(arguments, "card", None)
     if mistakes and path and not Path(path).is_file():
         path = None  # it is the value of an unknown flag
-    values = read_yaml(Path(path)) if path else base.model_dump() if base else {}
+    if base and mistakes:
+        raise UserError("\n".join(mistakes))
+    values = read_yaml(Path(path)) if path else base(arguments).model_dump() if base else {}
     given: Mapping[str, Any] = {}
     try:
         given = source(parsed_args={name: value for name, value in vars(arguments).items() if name not in own})()

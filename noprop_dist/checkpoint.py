@@ -34,9 +34,9 @@ def digest(blob: bytes) -> bytes:
     return hashlib.sha256(blob).digest()
 
 
-def commit(folder: Path, step: int, card: Mapping[str, Any], digests: Mapping[str, bytes]) -> None:
-    """Declare a checkpoint whole: write its manifest."""
-    manifest = {"step": step, "card": card, "sha256": {name: value.hex() for name, value in sorted(digests.items())}}
+def commit(folder: Path, facts: Mapping[str, Any], digests: Mapping[str, bytes]) -> None:
+    """Declare a checkpoint whole: write its manifest, with ``facts`` (step, card, data) and the files' SHA-256 sums."""
+    manifest = {**facts, "sha256": {name: value.hex() for name, value in sorted(digests.items())}}
     write(folder / MANIFEST, json.dumps(manifest, indent=1).encode())
 
 
@@ -46,7 +46,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     try:
         manifest: dict[str, Any] = json.loads((folder / MANIFEST).read_text())
         sums: dict[str, str] = dict(manifest["sha256"])
-        int(manifest["step"]), dict(manifest["card"])
+        int(manifest["step"]), dict(manifest["card"]), dict(manifest["data"])
         if not sums:
             raise ValueError("it lists no files")
     except OSError as error:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 from collections.abc import Callable
 from typing import NoReturn
 
@@ -14,17 +15,18 @@ from noprop_dist.parallel.world import Stopped
 
 def run(main: Callable[[list[str]], None]) -> NoReturn:
     """Call ``main`` with the arguments and exit: 0; 2 for a user's mistake; 1 when another rank failed; 130 for Ctrl-C."""
-    rank = os.environ.get("RANK", "0")
+    rank, local_rank = (os.environ.get(name, "0") for name in ("RANK", "LOCAL_RANK"))
     try:
         main(sys.argv[1:])
     except UserError as error:
         # every local rank finds a mistake in the card, one of them says so; what only one rank finds names that rank
-        if os.environ.get("LOCAL_RANK", "0") == "0" or str(error).startswith("rank "):
-            for line in str(error).splitlines():
-                print(f"error: {line}", file=sys.stderr)
+        if local_rank != "0" and not str(error).startswith("rank "):
+            _let_another_speak()
+        for line in str(error).splitlines():
+            print(f"error: {line}", file=sys.stderr)
         _leave(2)
     except Stopped:
-        _leave(2)
+        _let_another_speak()
     except PeerError as error:
         print(f"error: {error}", file=sys.stderr)
         _leave(1)
@@ -32,6 +34,12 @@ def run(main: Callable[[list[str]], None]) -> NoReturn:
         print(f"rank {rank}: interrupted; the newest checkpoint stands", file=sys.stderr)
         _leave(130)
     sys.exit(0)
+
+
+def _let_another_speak() -> NoReturn:
+    """Exit 2, but not first: torchrun ends all ranks when one has left, and the one that explains must not be cut off."""
+    time.sleep(10)
+    _leave(2)
 
 
 def _leave(code: int) -> NoReturn:

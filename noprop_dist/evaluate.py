@@ -11,11 +11,13 @@ import argparse
 import json
 from pathlib import Path
 
+from torch import Tensor
+
 from noprop_dist import command
-from noprop_dist.cards import load_card, read_card
-from noprop_dist.checkpoint import LABELS, block_file, newest_whole
-from noprop_dist.config import UserError
-from noprop_dist.data import open_data
+from noprop_dist.cards import read_card
+from noprop_dist.checkpoint import LABELS, block_file, newest_whole, read_manifest
+from noprop_dist.config import Card, UserError
+from noprop_dist.data import DataInfo, open_data
 from noprop_dist.files import read, unpack
 from noprop_dist.learner import inference_state
 from noprop_dist.model import CONFIG, NoPropModel
@@ -28,11 +30,14 @@ def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(prog="python -m noprop_dist.evaluate", description=__doc__, allow_abbrev=False)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("folder", type=Path, help="a run's folder, or its model's")
-    folder = parser.parse_known_args([word for word in argv if word not in ("-h", "--help")] or [""])[0].folder
-    model = load(folder) if folder.exists() else None
-    card, _ = read_card(parser, argv, base=model.card if model else None)
-    if model is None:
-        raise UserError(f"{folder}: no such folder; name a run's folder or its model's")
+    models: list[NoPropModel] = []
+
+    def own_card(arguments: argparse.Namespace) -> Card:
+        models.append(load(arguments.folder))
+        return models[0].card
+
+    card, _ = read_card(parser, argv, base=own_card)
+    model = models[0]
     if changed := differences(model.card.model_dump(mode="json"), card.model_dump(mode="json")):
         raise UserError(f"command line: this model cannot be evaluated with {'; '.join(changed)}; leave those out")
     set_threads(card.parallel)
@@ -45,6 +50,8 @@ def main(argv: list[str]) -> None:
 
 def load(folder: Path) -> NoPropModel:
     """The model of a run's or a model's folder. Raises UserError where there is none."""
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such folder; name a run's folder or its model's")
     run = RunFolder(folder)
     for place in (folder, run.model):
         if (place / CONFIG).exists():
@@ -53,13 +60,13 @@ def load(folder: Path) -> NoPropModel:
     if newest is None:
         reason = refused[0] if refused else "neither a model nor a checkpoint here; name a run's folder or its model's"
         raise UserError(f"{folder}: {reason}")
-    card = load_card(run.card)
-    info = open_data(card.data).info
+    manifest = read_manifest(newest)
+    card, info = Card.model_validate(manifest["card"]), DataInfo.from_json(manifest["data"])
     blocks = {index: _state(newest / block_file(index)) for index in range(card.model.blocks)}
     return NoPropModel.from_parts(card, info, blocks, _state(newest / LABELS))
 
 
-def _state(path: Path):  # type: ignore[no-untyped-def]
+def _state(path: Path) -> dict[str, Tensor]:
     return inference_state(unpack(read(path), path))
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -38,9 +37,9 @@ class Saver:
             mark.unlink()
         self._apart = {rank for rank, sees in enumerate(shared) if not sees}
 
-    def save(self, step: int, blocks: Mapping[int, Learner], labels: Learner, card: Mapping[str, Any]) -> Path:
-        """Write the checkpoint after ``step`` steps, rotate old ones away, and return its folder. All ranks call it."""
-        folder, world = checkpoint.step_folder(self._root, step), self._world
+    def save(self, card: Card, info: DataInfo, blocks: Mapping[int, Learner], labels: Learner) -> Path:
+        """Write the checkpoint after ``world.step`` steps, rotate old ones away, and return its folder. All ranks call it."""
+        folder, world = checkpoint.step_folder(self._root, self._world.step), self._world
         blobs = {index: pack(learner.state()) for index, learner in blocks.items()}
         if world.rank not in self._apart:
             for index, blob in blobs.items():
@@ -54,7 +53,8 @@ class Saver:
             digests = {checkpoint.block_file(index): bytes(row.tolist()) for index, row in enumerate(sums)}
             blob = pack(labels.state())
             write(folder / checkpoint.LABELS, blob)
-            checkpoint.commit(folder, step, card, digests | {checkpoint.LABELS: checkpoint.digest(blob)})
+            facts = {"step": world.step, "card": card.model_dump(mode="json"), "data": info.to_json()}
+            checkpoint.commit(folder, facts, digests | {checkpoint.LABELS: checkpoint.digest(blob)})
             checkpoint.prune(self._root, self._keep)
         return folder
 

@@ -67,7 +67,7 @@ class Trainer:
                 if last or world.step % self.eval_every == 0:
                     scores = self._evaluate(log)
                 if last or (card.train.checkpoint_every and world.step % card.train.checkpoint_every == 0):
-                    checkpoint = self.saver.save(world.step, self.blocks, self.labels, card.model_dump(mode="json"))
+                    checkpoint = self.saver.save(card, self.info, self.blocks, self.labels)
             model = self.saver.gather(card, self.info, self.blocks, self.labels)
             summary = log.summary(scores)
         if model is not None:

@@ -90,15 +90,14 @@ def test_evaluate_repeats_the_run_to_the_last_digit(trained):
 
 def test_a_cut_off_run_is_evaluated_at_its_newest_checkpoint(trained, tmp_path):
     folder, _ = trained
-    for part in ("card.yaml", "checkpoints"):
-        run("cp", "-r", str(folder / part), str(tmp_path), cwd=tmp_path)
+    run("cp", "-r", str(folder / "checkpoints"), str(tmp_path), cwd=tmp_path)
     found = json.loads(run(*PYTHON, "noprop_dist.evaluate", str(tmp_path), cwd=tmp_path).stdout)
     assert found["accuracy"] == json.loads((folder / "summary.json").read_text())["accuracy"]
 
 
 def test_early_exit_uses_only_the_first_blocks(trained):
     folder, _ = trained
-    command = [*PYTHON, "noprop_dist.evaluate", str(folder), "--inference.blocks", "2", "--inference.path", "stochastic"]
+    command = [*PYTHON, "noprop_dist.evaluate", "--inference.blocks", "2", "--inference.path", "stochastic", str(folder)]
     found = json.loads(run(*command, cwd=folder).stdout)
     whole = json.loads((folder / "summary.json").read_text())
     assert found["blocks"] == [block["accuracy"] for block in whole["blocks"]][:2]
