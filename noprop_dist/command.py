@@ -19,14 +19,16 @@ def run(main: Callable[[list[str]], None]) -> NoReturn:
     try:
         main(sys.argv[1:])
     except UserError as error:
-        # every local rank finds a mistake in the card, one of them says so; what only one rank finds names that rank
+        prefix = ""
         if local_rank != "0" and not str(error).startswith("rank "):
-            _let_another_speak()
+            _let_another_speak()  # most likely the first local rank found the same, and its exit ends this one
+            prefix = f"rank {rank}: "
         for line in str(error).splitlines():
-            print(f"error: {line}", file=sys.stderr)
+            print(f"error: {prefix}{line}", file=sys.stderr)
         _leave(2)
     except Stopped:
         _let_another_speak()
+        _leave(2)
     except PeerError as error:
         print(f"error: {error}", file=sys.stderr)
         _leave(1)
@@ -36,10 +38,9 @@ def run(main: Callable[[list[str]], None]) -> NoReturn:
     sys.exit(0)
 
 
-def _let_another_speak() -> NoReturn:
-    """Exit 2, but not first: torchrun ends all ranks when one has left, and the one that explains must not be cut off."""
-    time.sleep(10)
-    _leave(2)
+def _let_another_speak() -> None:
+    """Do not exit first: torchrun ends all ranks when one has left, and the one that explains must not be cut off."""
+    time.sleep(5)
 
 
 def _leave(code: int) -> NoReturn:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from noprop_dist import command
 from noprop_dist.cards import read_card
-from noprop_dist.checkpoint import LABELS, block_file, newest_whole, read_manifest
+from noprop_dist.checkpoint import LABELS, MANIFEST, block_file, newest_whole, read_manifest
 from noprop_dist.config import Card, UserError
 from noprop_dist.data import DataInfo, open_data
 from noprop_dist.files import read, unpack
@@ -29,7 +29,7 @@ def main(argv: list[str]) -> None:
     """Print the accuracy of each path and of every block's û."""
     parser = argparse.ArgumentParser(prog="python -m noprop_dist.evaluate", description=__doc__, allow_abbrev=False)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("folder", type=Path, help="a run's folder, or its model's")
+    parser.add_argument("folder", type=Path, help="a run's folder, its model's, or a checkpoint's")
     models: list[NoPropModel] = []
 
     def own_card(arguments: argparse.Namespace) -> Card:
@@ -49,14 +49,14 @@ def main(argv: list[str]) -> None:
 
 
 def load(folder: Path) -> NoPropModel:
-    """The model of a run's or a model's folder. Raises UserError where there is none."""
+    """The model of a run's, a model's or a checkpoint's folder. Raises UserError where there is none."""
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder; name a run's folder or its model's")
     run = RunFolder(folder)
     for place in (folder, run.model):
         if (place / CONFIG).exists():
             return NoPropModel.from_pretrained(place)
-    newest, refused = newest_whole(run.checkpoints)
+    newest, refused = (folder, []) if (folder / MANIFEST).exists() else newest_whole(run.checkpoints)
     if newest is None:
         reason = refused[0] if refused else "neither a model nor a checkpoint here; name a run's folder or its model's"
         raise UserError(f"{folder}: {reason}")

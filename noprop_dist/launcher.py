@@ -22,7 +22,7 @@ from noprop_dist.parallel.feed import Feed, message_size
 from noprop_dist.parallel.placement import COORDINATOR, place
 from noprop_dist.parallel.world import World, rank_and_size, set_threads
 from noprop_dist.report.console import log, print_placement, set_up_logging, size
-from noprop_dist.runs import LOCAL, RunFolder, claim_folder, differences, find_start, total_steps
+from noprop_dist.runs import LOCAL, RunFolder, claim_folder, differences, find_start
 from noprop_dist.trainer import Trainer
 
 
@@ -52,9 +52,9 @@ def train(card: Card | None = None, init_method: str = "env://") -> TrainResult:
     set_up_logging(rank)
     placement = place([1.0] * card.model.blocks, ranks)  # the blocks of NoProp-DT are alike
     threads = set_threads(card.parallel)
-    world = World(card.parallel, init_method)
+    world = World(card.parallel, placement, init_method)
     plan = _agree(card, threads, world)
-    world.connect(placement)
+    world.connect()
     card, info = plan.card, plan.info
     log.info(
         "run %s: %d blocks on %d rank%s (%s, %s, %d thread%s), data %s %s, %d training and %d test images",
@@ -95,13 +95,11 @@ def _agree(card: Card, threads: int, world: World) -> _Plan:
         opened.append(data)
         return data.info.to_json()
 
-    info = DataInfo.from_json(world.publish("data", open_and_check))
+    info = DataInfo.from_json(world.publish("data", open_and_check, patient=True))
     card = resolve(card, info)
     theirs = world.publish("card", lambda: card.model_dump(mode="json"))
     if other := differences(theirs, card.model_dump(mode="json"), LOCAL):
         raise UserError(f"rank {world.rank}: its card is not rank 0's: {'; '.join(other)}; give all ranks the same card")
-    if (backend := world.publish("backend", lambda: world.backend)) != world.backend:
-        raise UserError(f"rank {world.rank}: has {world.backend} where rank 0 has {backend}; set --parallel.backend gloo")
     parallel = card.parallel.model_copy(update={"threads": threads})  # a sum's last bit depends on it
     card = card.model_copy(update={"parallel": parallel})
     name, checkpoint, start = world.publish("start", lambda: _begin(card, info))
@@ -152,8 +150,7 @@ def _with_name(card: Card, name: str) -> Card:
 def _begin(card: Card, info: DataInfo) -> tuple[str, str | None, int]:
     """Find the run's name, checkpoint and step, and write its card: the coordinator's work."""
     named = RunFolder(card.run.dir / card.run.name) if card.run.name else None
-    total = total_steps(card, info.train_size)
-    checkpoint, step, notes = find_start(card, named.checkpoints if named else None, total)
+    checkpoint, step, notes = find_start(card, info, named.checkpoints if named else None)
     for note in notes:
         log.warning("%s", note)
     if checkpoint:

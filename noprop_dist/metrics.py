@@ -37,8 +37,8 @@ class RunLog:
         self._first = placement.ranges[world.rank].start
         self._sums = torch.zeros(len(PARTS), len(placement.ranges[world.rank]), dtype=torch.float64, device=world.device)
         self._counted = 0
-        self._running = self._waiting = 0.0  # seconds of training, and of waiting for others within them
-        self._under_way: tuple[int, Rows] | None = None
+        self._running = self._waiting = self._before = 0.0  # seconds of training, of waiting in them, and up to the last log
+        self._under_way: tuple[int, dict[str, float], Rows] | None = None
         self._losses: dict[int, float] = {}
 
     @contextlib.contextmanager
@@ -66,10 +66,18 @@ class RunLog:
         self._counted += 1
         self._bar.update(done)
         if done % self._card.train.log_every == 0 or done == self._total:
-            self._flush()
+            with self.training():
+                self._flush()
             mine = (self._sums / self._counted).flatten().cpu()
             lengths = [len(PARTS) * len(owned) for owned in self._placement.ranges]
-            self._under_way = done, gather_rows(self._world, mine, lengths)
+            now = {
+                "learning rate": learning_rate(self._card.optim, done - 1, self._total),
+                "samples per second": self._counted * self._card.data.batch_size / max(self._running - self._before, 1e-9),
+                "busy share of rank 0": self._busy,
+            }
+            now |= {f"bytes sent by rank 0/{kind}": count for kind, count in self._world.traffic.sent.items()}
+            self._under_way = done, now, gather_rows(self._world, mine, lengths)
+            self._before = self._running
             self._sums.zero_()
             self._counted = 0
 
@@ -147,26 +155,19 @@ class RunLog:
         """Show the scalars under way. They were sent long ago, so hardly anyone waits."""
         if self._under_way is None:
             return
-        done, rows = self._under_way
+        done, values, rows = self._under_way
         self._under_way = None
         figures = [row.view(len(PARTS), -1) for row in rows.wait()]
         if self._board is None:
             return
         losses, accuracies, norms = torch.cat(figures, dim=1).tolist()
-        speed = (done - self._start) * self._card.data.batch_size / self._running
         self._losses = dict(enumerate(losses))
-        values = {
-            "learning rate": learning_rate(self._card.optim, done - 1, self._total),
-            "samples per second": speed,
-            "busy share of rank 0": self._busy,
-        }
-        values |= {f"bytes sent by rank 0/{kind}": count for kind, count in self._world.traffic.sent.items()}
         for part, row in zip(PARTS, (losses, accuracies, norms), strict=True):
             if part != "gradient norm" or self._card.debug.enabled:
                 values |= {_tag(index, part): value for index, value in enumerate(row)}
         self._board.scalars(done, values)
         mean = sum(accuracies) / len(accuracies)
-        self._bar.update(done, f"loss {sum(losses) / len(losses):.4g}  û {mean:.1%}  {speed:,.0f} samples/s")
+        self._bar.update(done, f"loss {sum(losses) / len(losses):.4g}  û {mean:.1%}  {values['samples per second']:,.0f}/s")
         if self._card.debug.enabled:
             self._bar.say(f"step {done}: gradient norms {' '.join(f'{norm:.3g}' for norm in norms)}")
 

@@ -47,7 +47,7 @@ class NoPropModel(nn.Module):
     def __init__(self, card: Card, info: DataInfo) -> None:
         super().__init__()
         self.card, self.info = card, info
-        with torch.random.fork_rng():
+        with torch.random.fork_rng([]):
             cpu = torch.device("cpu")
             self.blocks = nn.ModuleList(fresh_block(card, info, index, cpu) for index in range(card.model.blocks))
             self.labels = fresh_labels(card, info, cpu)

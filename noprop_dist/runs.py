@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import time
 from collections.abc import Mapping, Set
@@ -9,8 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 from noprop_dist import checkpoint
 from noprop_dist.config import Card, UserError
+from noprop_dist.data import DataInfo
 
 FREE = {
     "train.epochs",
@@ -28,7 +32,8 @@ FREE = {
     "inference",
     "debug.enabled",
 }
-"""Settings and sections that may change at a resume: they decide how long, where and by whom, not what is computed."""
+"""Settings and sections that may change at a resume: they decide how long, where and by whom, not what a step computes (but
+for the length, which a cosine or one-cycle learning rate depends on; then the user is told)."""
 LOCAL = {"data.root", "data.workers", "run.dir", "parallel.device", "parallel.threads"}
 """Settings that may differ between the ranks of a run."""
 
@@ -68,15 +73,15 @@ class RunFolder:
 def claim_folder(runs: Path) -> Path:
     """Create a folder in ``runs`` named by a time stamp (UTC) that no other run has. Raises UserError on a disk's refusal."""
     stamp = time.strftime("%Y%m%d-%H%M%S", time.gmtime())
-    for number in itertools.count(1):
-        folder = runs / (stamp if number == 1 else f"{stamp}-{number}")
-        try:
-            folder.mkdir(parents=True)
-            return folder
-        except FileExistsError:
-            continue
-        except OSError as error:
-            raise UserError(f"{folder}: cannot create ({error.strerror}); choose another --run.dir") from None
+    try:
+        runs.mkdir(parents=True, exist_ok=True)
+        for number in itertools.count(1):
+            folder = runs / (stamp if number == 1 else f"{stamp}-{number}")
+            with contextlib.suppress(FileExistsError):
+                folder.mkdir()
+                return folder
+    except OSError as error:
+        raise UserError(f"{runs}: cannot create a folder there ({error.strerror}); choose another --run.dir") from None
     raise AssertionError
 
 
@@ -85,11 +90,11 @@ def total_steps(card: Card, train_size: int) -> int:
     return card.train.steps or -(-card.train.epochs * train_size // card.data.batch_size)
 
 
-def find_start(card: Card, checkpoints: Path | None, total: int) -> tuple[Path | None, int, list[str]]:
+def find_start(card: Card, info: DataInfo, checkpoints: Path | None) -> tuple[Path | None, int, list[str]]:
     """Where a run starts: the checkpoint to load (None: from scratch), its step, and what the user should know.
 
-    ``checkpoints`` is the run's own folder of them, None for a new run; ``total`` its length in steps. Raises UserError where
-    ``train.resume`` cannot be done without loss.
+    ``checkpoints`` is the run's own folder of them, None for a new run. Raises UserError where ``train.resume`` cannot be done
+    without loss.
     """
     if card.train.resume not in ("auto", "never"):
         found, notes = Path(card.train.resume), list[str]()
@@ -108,18 +113,30 @@ def find_start(card: Card, checkpoints: Path | None, total: int) -> tuple[Path |
             return None, 0, []
         found = newest
     manifest = checkpoint.read_manifest(found)
+    try:
+        then, data = Card.model_validate(manifest["card"]), DataInfo.from_json(manifest["data"])
+    except (TypeError, ValidationError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"{found}: written by another version ({reason}); give another --run.name to start anew") from None
+    if data != info:
+        raise UserError(f"{found}: was trained on other data than these; mend --data.root or give another --run.name")
+    if card.train.resume != "auto" and checkpoints and any(folder.name > found.name for folder in checkpoints.glob("step-*")):
+        raise UserError(f"{checkpoints}: holds newer checkpoints than {found}; give another --run.name to branch off there")
     changed = differences(manifest["card"], card.model_dump(mode="json"))
-    structural = [line for line in changed if line.split(".")[0] in ("model", "data") or line.startswith("method.name")]
+    structural = [line for line in changed if line.startswith(("model.", "data.", "method.name", "optim.name"))]
     if changed and (card.train.resume == "auto" or structural):
         raise UserError(
             f"{found}: was trained with another card ({'; '.join(structural or changed)}); "
             "give those settings, or another --run.name to start anew"
         )
+    total = total_steps(card, info.train_size)
     if manifest["step"] > total:
         raise UserError(
             f"{found}: is of step {manifest['step']}, beyond this run's {total} steps; raise --train.epochs or --train.steps"
         )
     notes += [f"continues {found} with other settings: {line}" for line in changed]
+    if card.optim.schedule != "constant" and (before := total_steps(then, info.train_size)) != total:
+        notes.append(f"the {card.optim.schedule} learning rate now spans {total} steps, it was laid out for {before}")
     return found, manifest["step"], notes
 
 

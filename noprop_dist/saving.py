@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor
 
 from noprop_dist import checkpoint
-from noprop_dist.config import Card
+from noprop_dist.config import Card, UserError
 from noprop_dist.data import DataInfo
 from noprop_dist.files import pack, read, unpack, write
 from noprop_dist.learner import Learner
@@ -30,12 +31,12 @@ class Saver:
 
     def __init__(self, world: World, placement: Placement, root: Path, keep: int) -> None:
         self._world, self._placement, self._root, self._keep = world, placement, root, keep
-        mark = root / MARK
-        token = world.publish("token", lambda: _put(mark, torch.randint(2**62, (1,)).item()))
-        shared = world.exchange("shares disk", mark.exists() and read(mark).decode() == str(token))
+        mark, token = root / MARK, secrets.token_hex(16)
+        if world.is_coordinator:
+            write(mark, token.encode())
+        self._apart = self._blind_to(mark, world.publish("token", lambda: token))
         if world.is_coordinator:
             mark.unlink()
-        self._apart = {rank for rank, sees in enumerate(shared) if not sees}
 
     def save(self, card: Card, info: DataInfo, blocks: Mapping[int, Learner], labels: Learner) -> Path:
         """Write the checkpoint after ``world.step`` steps, rotate old ones away, and return its folder. All ranks call it."""
@@ -59,17 +60,25 @@ class Saver:
         return folder
 
     def restore(self, folder: Path, blocks: Mapping[int, Learner], labels: Learner) -> None:
-        """Load a whole checkpoint. Ranks may be other, and more or fewer, than those that wrote it."""
-        world = self._world
-        apart = {index for rank in self._apart for index in self._placement.ranges[rank]}
-        sent = {index: read(folder / checkpoint.block_file(index)) for index in apart if world.is_coordinator}
-        received = deliver(world, self._placement, sent, self._apart)
+        """Load a whole checkpoint. Ranks may be other, and more or fewer, than those that wrote it.
+
+        Raises UserError naming the file that does not fit.
+        """
+        world, manifest = self._world, folder / checkpoint.MANIFEST
+        apart = self._blind_to(manifest, world.publish("manifest", lambda: read(manifest).decode()))
+        indices = {index for rank in apart for index in self._placement.ranges[rank]}
+        sent = {index: read(folder / checkpoint.block_file(index)) for index in indices if world.is_coordinator}
+        received = deliver(world, self._placement, sent, apart)
         for index, learner in blocks.items():
             path = folder / checkpoint.block_file(index)
-            learner.load(unpack(received[index] if index in received else read(path), path))
+            _load(learner, received[index] if index in received else read(path), path)
         if world.is_coordinator:
-            path = folder / checkpoint.LABELS
-            labels.load(unpack(read(path), path))
+            _load(labels, read(folder / checkpoint.LABELS), folder / checkpoint.LABELS)
+
+    def _blind_to(self, path: Path, content: str) -> set[int]:
+        """Ranks that do not see a file of the coordinator's with this content."""
+        sees = self._world.exchange(f"sees {path.name}", path.exists() and read(path).decode() == content)
+        return {rank for rank, mine in enumerate(sees) if not mine}
 
     def gather(self, card: Card, info: DataInfo, blocks: Mapping[int, Learner], labels: Learner) -> NoPropModel | None:
         """The whole model on the coordinator, from every rank's blocks; None elsewhere."""
@@ -81,6 +90,8 @@ class Saver:
         return NoPropModel.from_parts(card, info, parts, labels.inference.state_dict())
 
 
-def _put(path: Path, token: int | float) -> int | float:
-    write(path, str(token).encode())
-    return token
+def _load(learner: Learner, blob: bytes, path: Path) -> None:
+    try:
+        learner.load(unpack(blob, path))
+    except (RuntimeError, KeyError) as error:
+        raise UserError(f"{path}: of another model ({str(error).splitlines()[-1].strip()}); use another checkpoint") from None

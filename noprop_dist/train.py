@@ -10,6 +10,7 @@ import argparse
 
 from noprop_dist import command
 from noprop_dist.cards import read_card
+from noprop_dist.config import UserError
 from noprop_dist.launcher import dry_run, train
 from noprop_dist.parallel.world import rank_and_size
 from noprop_dist.report.console import print_summary
@@ -21,10 +22,12 @@ def main(argv: list[str]) -> None:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("card", nargs="?", help="a YAML card; settings on the command line stand above it")
     parser.add_argument("--dry-run", action="store_true", help="print placement, memory and traffic; start nothing")
-    parser.add_argument("--ranks", type=int, default=rank_and_size()[1], help="number of ranks of a dry run")
+    parser.add_argument("--ranks", type=int, help="number of ranks of a dry run")
     card, arguments = read_card(parser, argv)
     if arguments.dry_run:
-        dry_run(card, arguments.ranks)
+        dry_run(card, rank_and_size()[1] if arguments.ranks is None else arguments.ranks)
+    elif arguments.ranks is not None:
+        raise UserError("command line: --ranks goes with --dry-run; start ranks with torchrun --nproc_per_node")
     elif summary := train(card).summary:
         print_summary(summary)
 

@@ -63,6 +63,7 @@ class Trainer:
             for step in range(start, self.total):
                 with log.training():
                     self._step(step, next(batches), log)
+                log.step(world.step)
                 last = world.step == self.total
                 if last or world.step % self.eval_every == 0:
                     scores = self._evaluate(log)
@@ -101,7 +102,6 @@ class Trainer:
             logits = self.labels.module(self.method.final_latent(u))
             self.labels.update(torch.nn.functional.cross_entropy(logits, batch.labels), step)
         self.world.step = step + 1
-        log.step(step + 1)
 
     def _evaluate(self, log: RunLog) -> Scores | None:
         blocks = {index: cast(Block, learner.inference) for index, learner in self.blocks.items()}

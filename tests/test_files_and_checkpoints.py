@@ -94,7 +94,9 @@ def save(root, step):
     blobs = {block_file(index): pack({"w": torch.full((4,), float(step + index))}) for index in range(2)}
     for name, blob in blobs.items():
         write(folder / name, blob)
-    commit(folder, {"step": step, "card": {"run": {"seed": 1}}, "data": {}}, {name: digest(blob) for name, blob in blobs.items()})
+    commit(
+        folder, {"step": step, "card": {"run": {"seed": 1}}, "data": {}}, {name: digest(blob) for name, blob in blobs.items()}
+    )
     return folder
 
 

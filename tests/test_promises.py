@@ -12,6 +12,7 @@ import torch.distributed as dist
 
 from noprop_dist import Card, NoPropModel, train
 from noprop_dist.data import open_data
+from noprop_dist.files import pack
 from noprop_dist.parallel.feed import message_size
 
 DIGITS, TRAIN, TEST = (1, 8, 8), 1437, 360
@@ -103,7 +104,9 @@ def test_only_allowed_messages_cross_and_every_byte_is_counted(small_card, on_ra
             function = getattr(dist, name)
             if callable(function) and not isinstance(function, type) and name.islower() and name not in quiet:
                 setattr(dist, name, watch(name, function, rank, calls))
-        return train(card, init_method).summary, calls
+        result = train(card, init_method)
+        sizes = [len(pack(block.state_dict())) for block in result.model.blocks] if result.model else []
+        return result.summary, calls, sizes
 
     def watch(name: str, function: Any, rank: int, calls: list[Any]) -> Any:
         def call(*args: Any, **kwargs: Any) -> Any:
@@ -117,7 +120,7 @@ def test_only_allowed_messages_cross_and_every_byte_is_counted(small_card, on_ra
         return call
 
     results = on_ranks(ranks, watched)
-    calls = [call for _, calls in results for call in calls]
+    calls = [call for _, calls, _ in results for call in calls]
     assert {name for name, *_ in calls} == {"broadcast", "isend", "irecv"}
     assert not any(requires_grad for *_, requires_grad in calls)
 
@@ -135,8 +138,9 @@ def test_only_allowed_messages_cross_and_every_byte_is_counted(small_card, on_ra
     scalars = logs * 3 * 8 * others + evaluations * 8 * others + checkpoints * 32 * others
     assert counted["scalars"] == scalars + (ranks - 1) * 8 * (3 + 6)
 
-    training = [shape for name, size, shape, _ in results[1][1] if name == "isend" and len(shape) > 1]
-    assert not parameters & set(training), "a message has the shape of a parameter's gradient"
+    # each block of other ranks travels once, after the last step, with its length
+    assert counted["weights"] == sum(8 + size for size in results[0][2][1:])
+    assert not parameters & {shape for _, _, shape, _ in calls if len(shape) > 1}, "a message has a parameter's shape"
 
 
 def test_resident_feed_sends_nothing_per_step(small_card, on_ranks):

@@ -6,11 +6,13 @@ import json
 import logging
 from concurrent.futures import ThreadPoolExecutor
 
+import numpy as np
 import pytest
 
 from noprop_dist import UserError, train
 from noprop_dist.report.console import set_up_logging, size
 from noprop_dist.runs import claim_folder
+from noprop_dist.trainer import Trainer
 
 
 def checkpoints(card):
@@ -69,6 +71,61 @@ def test_a_named_checkpoint_starts_another_run_even_with_other_settings_but_not_
     with pytest.raises(UserError, match=r"model\.blocks: 4 there, 3 here"):
         train(small_card(run={"name": "third"}, train={"resume": path}, model={"blocks": 3}))
     assert not (source.run.dir / "third").exists()
+
+
+def test_going_back_to_an_older_checkpoint_needs_a_new_name(small_card):
+    card = small_card()
+    train(card)
+    with pytest.raises(UserError, match=r"holds newer checkpoints .* give another --run\.name"):
+        train(small_card(train={"resume": str(checkpoints(card)[0])}))
+
+
+def test_an_optimizers_state_is_not_read_by_another(small_card):
+    train(small_card(optim={"name": "sgd"}))
+    path = str(checkpoints(small_card())[-1])
+    with pytest.raises(UserError, match=r"optim\.name: sgd there, adamw here"):
+        train(small_card(run={"name": "other"}, train={"resume": path}))
+
+
+def test_other_data_do_not_continue_a_run(small_card, tmp_path):
+    rng = np.random.default_rng(0)
+    for name, count in (("a", 40), ("b", 50)):
+        arrays = {"x_train": rng.integers(0, 256, (count, 8, 8), np.uint8), "y_train": np.arange(count) % 3}
+        np.savez(tmp_path / f"{name}.npz", **arrays, x_test=arrays["x_train"], y_test=arrays["y_train"])
+    train(small_card(data={"name": "npz", "root": str(tmp_path / "a.npz")}))
+    with pytest.raises(UserError, match="trained on other data"):
+        train(small_card(data={"name": "npz", "root": str(tmp_path / "b.npz")}, train={"steps": 9}))
+
+
+def test_a_longer_run_with_a_falling_learning_rate_says_that_it_differs(small_card, capsys):
+    train(small_card(optim={"schedule": "cosine"}))
+    train(small_card(optim={"schedule": "cosine"}, train={"steps": 8}))
+    assert "the cosine learning rate now spans 8 steps, it was laid out for 6" in capsys.readouterr().err
+
+
+def test_a_cut_off_run_with_a_falling_learning_rate_goes_on_exactly(small_card, monkeypatch):
+    settings = {"optim": {"schedule": "one-cycle", "ema": 0.9}}
+    train(small_card(**settings, run={"name": "whole"}))
+    step = Trainer._step
+
+    def cut(self, number, *args):
+        if number == 4:
+            raise InterruptedError
+        step(self, number, *args)
+
+    with monkeypatch.context() as patch, pytest.raises(InterruptedError):
+        patch.setattr(Trainer, "_step", cut)
+        train(small_card(**settings))
+    train(small_card(**settings))
+    whole, cut_off = (checkpoints(small_card(run={"name": name}))[-1] for name in ("whole", "run"))
+    for path in whole.glob("*.safetensors"):
+        assert path.read_bytes() == (cut_off / path.name).read_bytes(), path.name
+
+
+def test_a_folder_for_runs_that_cannot_be_made_is_named(tmp_path):
+    (tmp_path / "link").symlink_to(tmp_path / "gone" / "disk")
+    with pytest.raises(UserError, match="link: cannot create a folder there"):
+        claim_folder(tmp_path / "link")
 
 
 def test_only_the_newest_checkpoints_stay(small_card):

@@ -40,12 +40,12 @@ def pack(step: int, images: Tensor, labels: Tensor) -> Tensor:
     return torch.cat([header, labels.to(torch.int32).view(torch.uint8), images.contiguous().flatten()])
 
 
-def unpack(message: Tensor, shape: tuple[int, int, int]) -> tuple[int, Batch]:
-    """The step and the batch of a message; views of it where possible."""
+def unpack(message: Tensor, shape: tuple[int, int, int]) -> tuple[int | None, Batch]:
+    """The step (None for a message on a GPU: reading it would wait for all its work) and the batch; views where possible."""
     batch = (len(message) - HEADER) // (message_size(1, shape) - HEADER)
     labels = message[HEADER : HEADER + 4 * batch].view(torch.int32).long()
     images = message[HEADER + 4 * batch :].view(batch, *shape)
-    return int(message[:HEADER].view(torch.int64)), Batch(images, labels)
+    return None if message.is_cuda else int(message[:HEADER].view(torch.int64)), Batch(images, labels)
 
 
 class Feed:
@@ -111,7 +111,7 @@ class Feed:
             if coming in steps:
                 ahead.append(self._post(coming, source, len(indices(coming))))
             arrived, batch = unpack(ahead.popleft().wait(), self._info.shape)
-            if arrived != step:
+            if arrived not in (step, None):
                 raise PeerError(f"rank {self._world.rank} expected the batch of step {step}, got that of {arrived}")
             yield Batch(*(tensor.to(self._world.device, non_blocking=True) for tensor in batch))
 
@@ -125,12 +125,18 @@ class Feed:
 
     def _broadcast_all(self, name: str, size: int) -> Batch:
         split = self._splits[name]
-        images, labels = split.load() if split else (None, None)
+        loaded: list[tuple[Tensor, Tensor]] = []
+
+        def load() -> bool:
+            loaded.extend([split.load()] if split else [])
+            return True
+
+        self._world.publish(f"loaded {name}", load, patient=True)
         chunk = max(1, CHUNK // message_size(1, self._info.shape))
         batches = []
         for start in range(0, size, chunk):
             part = slice(start, min(start + chunk, size))
-            source = iter([(images[part], labels[part])]) if images is not None and labels is not None else None
+            source = iter([(images[part], labels[part]) for images, labels in loaded]) if loaded else None
             message = self._post(start, source, part.stop - start).wait()
             batches.append(unpack(message.to(self._world.device), self._info.shape)[1])
         return Batch(*(torch.cat(tensors) for tensors in zip(*batches, strict=True)))

@@ -36,6 +36,8 @@ def place(costs: Sequence[float], ranks: int) -> Placement:
     among equals, the most even one. Raises UserError with more ranks than blocks.
     """
     blocks = len(costs)
+    if ranks < 1:
+        raise UserError(f"{ranks} ranks: at least one is needed")
     if ranks > blocks:
         raise UserError(
             f"{ranks} ranks for {blocks} block{'s' * (blocks > 1)}: every rank owns at least one; "

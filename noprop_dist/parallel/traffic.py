@@ -17,7 +17,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 KINDS = ("batches", "labels", "scalars", "latents", "weights", "gradients")
-"""What may be counted. Nothing ever sends "gradients"; its count is there to be seen at 0."""
+"""What is counted. Nothing ever sends "gradients"; its count is there to be seen at 0."""
+CARRIED = ("batches", "scalars", "latents", "weights")
+"""Kinds that have a wire. Label values get theirs with learned embeddings."""
 
 
 class PeerError(RuntimeError):
@@ -60,6 +62,7 @@ class Wire:
     """One kind of message on its own process group (None for a single rank: then messages stay where they are).
 
     Args:
+        timeout: seconds that a wait may last.
         explain: called when a wait fails, with (what was waited for, its source or None): the PeerError to raise.
     """
 
@@ -70,10 +73,11 @@ class Wire:
         group: dist.ProcessGroup | None,
         ranks: int,
         device: torch.device,
+        timeout: float,
         explain: Callable[[str, int | None], PeerError],
     ) -> None:
         self.kind, self.traffic, self.group, self.ranks, self.device = kind, traffic, group, ranks, device
-        self._explain = explain
+        self._timeout, self._explain = timeout, explain
 
     def broadcast(self, tensor: Tensor, step: int) -> Pending:
         """From the coordinator to all; everyone passes a tensor of the same shape. Starts at once, does not wait."""
@@ -106,6 +110,10 @@ class Wire:
         def finish(work: dist.Work) -> None:
             begin = time.perf_counter()
             try:
+                while tensor.is_cuda and not work.is_completed():  # nccl's own wait would only order streams
+                    if time.perf_counter() - begin > self._timeout:
+                        raise RuntimeError(f"timeout of {self._timeout} s")
+                    time.sleep(1e-4)
                 work.wait()
             except RuntimeError as error:
                 raise self._explain(what, peer) from error

@@ -7,9 +7,10 @@ facts there; ``connect`` then forms the process groups, one a kind of message. A
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
-import threading
+import socket
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
@@ -21,10 +22,11 @@ from torch._C._distributed_c10d import HashStore, PrefixStore, Store  # what tor
 from torch.distributed.rendezvous import rendezvous
 
 from noprop_dist.config import ParallelCard, UserError
-from noprop_dist.parallel.placement import Placement
-from noprop_dist.parallel.traffic import KINDS, PeerError, Traffic, Wire
+from noprop_dist.parallel.heartbeat import Heartbeat
+from noprop_dist.parallel.placement import COORDINATOR, Placement
+from noprop_dist.parallel.traffic import CARRIED, PeerError, Traffic, Wire
 
-BEAT = 1.0  # seconds between a rank's signs of life
+_runs = itertools.count()
 
 
 class Stopped(Exception):
@@ -32,136 +34,136 @@ class Stopped(Exception):
 
 
 class World:
-    """Args:
-    card: device, backend, timeout.
-    init_method: where ranks meet, as torch.distributed names it; ranks and their count come from torchrun's environment.
+    """This rank and its ways to the others.
+
+    Args:
+        card: device, backend, timeout.
+        placement: who owns what; one range a rank.
+        init_method: where ranks meet, as torch.distributed names it; ranks and their number come from torchrun's environment.
+
+    Raises UserError for a device that is not there, PeerError where the ranks do not meet.
     """
 
-    def __init__(self, card: ParallelCard, init_method: str = "env://") -> None:
-        self.card = card
+    def __init__(self, card: ParallelCard, placement: Placement, init_method: str = "env://") -> None:
+        self._card, self._placement = card, placement
         self.rank, self.size = rank_and_size()
-        self.local_rank = int(os.environ.get("LOCAL_RANK", 0))
-        self.local_size = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-        self.device, self.backend = choose_device(card, self.local_rank, self.local_size)
+        local_rank, local_size = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        self.device, self.backend = choose_device(card, local_rank, local_size)
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
         self.traffic = Traffic(self.rank)
         self.wires: dict[str, Wire] = {}
-        self.step = 0
-        self._placement: Placement | None = None
-        self._leaving = threading.Event()
-        if self.size == 1:
-            self.store: Store = HashStore()
-        else:
-            if init_method != "env://":
-                init_method += f"?rank={self.rank}&world_size={self.size}"
-            self.store = PrefixStore("noprop", next(iter(rendezvous(init_method)))[0])
-        self.store.set_timeout(timedelta(seconds=card.timeout))
+        self._store = self._meet(init_method)
+        self._heart = Heartbeat(self._store, placement, self.rank) if self.size > 1 else None
+        self._step = 0
 
     @property
     def is_coordinator(self) -> bool:
         """Rank 0 holds the data, the label space, and writes."""
-        return self.rank == 0
+        return self.rank == COORDINATOR
 
-    def publish(self, key: str, make: Callable[[], Any]) -> Any:
-        """The coordinator's ``make()`` (a JSON value), on every rank. A UserError there stops all ranks."""
+    @property
+    def step(self) -> int:
+        """Steps that this rank has done."""
+        return self._step
+
+    @step.setter
+    def step(self, step: int) -> None:
+        self._step = step
+        if self._heart:
+            self._heart.step = step
+
+    def publish(self, key: str, make: Callable[[], Any], *, patient: bool = False) -> Any:
+        """The coordinator's ``make()`` (a JSON value), on every rank. A UserError there stops all ranks.
+
+        ``patient``: the others wait for as long as the coordinator lives, however long ``make`` takes (a download, say).
+        """
         if self.is_coordinator:
             try:
-                self.store.set(key, json.dumps({"value": make()}))
+                self._store.set(key, json.dumps({"value": make()}))
             except UserError:
-                self.store.set(key, json.dumps({}))
+                self._store.set(key, json.dumps({}))
                 raise
-        message = json.loads(self._get(key))
+        message = json.loads(self._get(key, COORDINATOR, patient))
         if "value" not in message:
             raise Stopped
         return message["value"]
 
     def exchange(self, key: str, value: Any) -> list[Any]:
         """Every rank's JSON value, in the order of ranks; waits for all."""
-        self.store.set(f"{key}/{self.rank}", json.dumps(value))
-        return [json.loads(self._get(f"{key}/{rank}")) for rank in range(self.size)]
+        self._store.set(f"{key}/{self.rank}", json.dumps(value))
+        return [json.loads(self._get(f"{key}/{rank}", rank)) for rank in range(self.size)]
 
-    def connect(self, placement: Placement) -> None:
-        """Form the process groups. From here on ``wires[kind]`` carries that kind's messages."""
+    def connect(self) -> None:
+        """Form the process groups, one a kind of message. From here on ``wires[kind]`` carries that kind."""
+        self._settle_backend()
         groups = self._form_groups() if self.size > 1 else {}
-        for kind in KINDS[:-1]:
+        for kind in CARRIED:
             device = self.device if kind == "batches" and self.backend == "nccl" else torch.device("cpu")
-            self.wires[kind] = Wire(kind, self.traffic, groups.get(kind), self.size, device, self._explain)
-        self._placement = placement
-
-    def _form_groups(self) -> dict[str, dist.ProcessGroup]:
-        timeout = timedelta(seconds=self.card.timeout)
-        try:
-            dist.init_process_group("gloo", store=self.store, rank=self.rank, world_size=self.size, timeout=timeout)
-            groups = {
-                kind: dist.new_group(backend=self.backend if kind == "batches" else "gloo", timeout=timeout)
-                for kind in KINDS[:-1]
-            }
-        except RuntimeError as error:
-            raise self._explain("process groups", None) from error
-        self._beat(0)
-        store = self.store.clone()  # type: ignore[attr-defined]
-        threading.Thread(target=self._keep_beating, args=(store,), daemon=True).start()
-        self.exchange("connected", True)
-        return groups
+            group, timeout = groups.get(kind), self._card.timeout
+            self.wires[kind] = Wire(kind, self.traffic, group, self.size, device, timeout, self._explain)
 
     def close(self) -> None:
         """Leave together: nobody tears a connection down that another still reads from."""
-        if self.size > 1:
-            self.exchange("done", True)
-            self.exchange("leaving", True)
-            if self.is_coordinator:  # it may host the store, so it goes last
-                for rank in range(1, self.size):
-                    self._get(f"left/{rank}")
-            self._leaving.set()
-            self.store.set(f"left/{self.rank}", "")
-            dist.destroy_process_group()
+        if self._heart is None:
+            return
+        self.exchange("done", True)
+        self.exchange("leaving", True)
+        if self.is_coordinator:  # it may host the store, so it goes last
+            for rank in range(1, self.size):
+                self._get(f"left/{rank}", rank)
+        self._heart.stop()
+        self._store.set(f"left/{self.rank}", "")
+        dist.destroy_process_group()
 
-    def _get(self, key: str) -> bytes:
+    def _meet(self, init_method: str) -> Store:
+        if self.size == 1:
+            return HashStore()
+        if init_method != "env://":
+            init_method += f"?rank={self.rank}&world_size={self.size}"
         try:
-            return bytes(self.store.get(key))
+            store = next(iter(rendezvous(init_method)))[0]
+        except (RuntimeError, ValueError) as error:
+            raise PeerError(f"rank {self.rank} found no other rank at {init_method}: {str(error).splitlines()[0]}") from error
+        store.set_timeout(timedelta(seconds=self._card.timeout))
+        return PrefixStore(f"noprop-{next(_runs)}", store)  # the store outlives a run, a process may train again
+
+    def _settle_backend(self) -> None:
+        """nccl only where all ranks want it and no two share a GPU, on whatever hosts they are."""
+        uuid = torch.cuda.get_device_properties(self.device).uuid if self.device.type == "cuda" else ""
+        words = self.exchange("device", [self.backend, f"{socket.gethostname()} {uuid}"])
+        if {backend for backend, _ in words} != {"nccl"} or len({device for _, device in words}) < self.size:
+            if self._card.backend == "nccl":
+                raise UserError(f"rank {self.rank}: not every rank has a GPU of its own for nccl; set --parallel.backend gloo")
+            self.backend = "gloo"
+
+    def _form_groups(self) -> dict[str, dist.ProcessGroup]:
+        timeout = timedelta(seconds=self._card.timeout)
+        try:
+            dist.init_process_group("gloo", store=self._store, rank=self.rank, world_size=self.size, timeout=timeout)
+            return {
+                kind: dist.new_group(backend=self.backend if kind == "batches" else "gloo", timeout=timeout) for kind in CARRIED
+            }
         except RuntimeError as error:
-            raise self._explain(f"its word on {key!r}", None) from error
+            raise self._explain("process groups", None) from error
 
-    def _beat(self, number: int, store: Store | None = None) -> None:
-        (store or self.store).set(f"beat/{self.rank}", f"{number} {self.step}")
-
-    def _keep_beating(self, store: Store) -> None:
-        number = 0
-        while not self._leaving.wait(BEAT):
-            number += 1
+    def _get(self, key: str, source: int, patient: bool = False) -> bytes:
+        while True:
             try:
-                self._beat(number, store)
-            except RuntimeError:
-                return  # the store is gone, and the run with it
+                return bytes(self._store.get(key))
+            except RuntimeError as error:
+                if not patient or self._heart is None or source in self._heart.silent():
+                    raise self._explain(f"its word on {key!r}", source) from error
 
     def _explain(self, what: str, peer: int | None) -> PeerError:
-        """Name the ranks whose heart no longer beats; failing that, the one that was waited for."""
-        if self._placement is None:
-            return PeerError(f"rank {self.rank} waited in vain for {what}: not all {self.size} ranks have come")
-        try:
-            if not self.store.check(["verdict"]):
-                self.store.set("verdict", self._name_silent(self._placement))
-            verdict = bytes(self.store.get("verdict")).decode()  # the first one to notice is right: soon others are gone too
-        except RuntimeError:
-            verdict = ""
+        """The error that names whoever a wait failed for."""
+        verdict = ""
+        if self._heart:
+            with contextlib.suppress(RuntimeError):  # the store may be gone with its host
+                verdict = self._heart.verdict()
         if not verdict:
             verdict = "lost " + (self._placement.name(peer) if peer is not None else "another rank")
         return PeerError(f"{self._placement.name(self.rank)} at step {self.step} waited in vain for {what}: {verdict}")
-
-    def _name_silent(self, placement: Placement) -> str:
-        before = self._beats()
-        self._leaving.wait(2.5 * BEAT)
-        after = self._beats()
-        silent = [
-            f"{placement.name(rank)}, last heard of at step {after[rank].split()[1]}"
-            for rank in range(self.size)
-            if rank != self.rank and before[rank] == after[rank]
-        ]
-        return f"no sign of life from {'; '.join(silent)}" if silent else ""
-
-    def _beats(self) -> dict[int, str]:
-        return {rank: bytes(self.store.get(f"beat/{rank}")).decode() for rank in range(self.size)}
 
 
 def rank_and_size() -> tuple[int, int]:

@@ -27,9 +27,9 @@ def test_every_rank_sees_the_batches_of_the_order_whatever_travels_ahead(small_c
     card = small_card(parallel={"feed": feed, "prefetch": prefetch})
     data = open_data(card.data)
 
-    def work(rank: int, init_method: str) -> list[list[int]]:
-        world = World(ParallelCard(timeout=30), init_method)
-        world.connect(place([1.0] * 4, world.size))
+    def work(rank: int, init_method: str, ranks: int = 3) -> list[list[int]]:
+        world = World(ParallelCard(timeout=30), place([1.0] * 4, ranks), init_method)
+        world.connect()
         feed = Feed(card, data.info, world, data if rank == 0 else None)
         seen = [batch.labels for batch in feed.train(3, 8)]
         seen += [batch.labels for batch in feed.test()]  # an evaluation between two steps
@@ -48,9 +48,9 @@ def test_an_evaluation_in_mid_training_does_not_mix_up_the_batches_under_way(sma
     card = small_card()
     data = open_data(card.data)
 
-    def work(rank: int, init_method: str) -> list[int]:
-        world = World(ParallelCard(timeout=30), init_method)
-        world.connect(place([1.0] * 4, world.size))
+    def work(rank: int, init_method: str, ranks: int = 2) -> list[int]:
+        world = World(ParallelCard(timeout=30), place([1.0] * 4, ranks), init_method)
+        world.connect()
         feed = Feed(card, data.info, world, data if rank == 0 else None)
         seen = []
         for batch in feed.train(0, 3):

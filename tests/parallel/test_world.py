@@ -5,27 +5,31 @@ from __future__ import annotations
 import os
 import re
 import signal
+import threading
 
 import pytest
 
 from noprop_dist import UserError, train
 from noprop_dist.config import ParallelCard
+from noprop_dist.parallel.placement import place
 from noprop_dist.parallel.traffic import PeerError
 from noprop_dist.parallel.world import Stopped, World, choose_device, set_threads
 from noprop_dist.trainer import Trainer
 
 
-@pytest.mark.parametrize("number", [signal.SIGSTOP, signal.SIGKILL], ids=["stalled", "dead"])
-def test_a_rank_that_falls_silent_is_named_with_its_blocks_and_step(small_card, on_ranks, tmp_path, number):
+@pytest.mark.parametrize("fault", ["stalled", "dead", "stuck"])
+def test_a_rank_that_stops_working_is_named_with_its_blocks_and_step(small_card, on_ranks, tmp_path, fault):
     card = small_card(parallel={"timeout": 3}, train={"log_every": 1})
     step = Trainer._step
 
     def work(rank: int, init_method: str) -> str:
-        def faulty(self: Trainer, number_of_step: int, *args: object) -> None:
-            if rank == 2 and number_of_step == 3:
+        def faulty(self: Trainer, number: int, *args: object) -> None:
+            if rank == 2 and number == 3:
                 (tmp_path / "victim").write_text(str(os.getpid()))
-                os.kill(os.getpid(), number)
-            step(self, number_of_step, *args)
+                if fault == "stuck":
+                    signal.pause()  # its heart goes on beating
+                os.kill(os.getpid(), signal.SIGSTOP if fault == "stalled" else signal.SIGKILL)
+            step(self, number, *args)
 
         Trainer._step = faulty  # type: ignore[method-assign]
         try:
@@ -39,9 +43,30 @@ def test_a_rank_that_falls_silent_is_named_with_its_blocks_and_step(small_card, 
 
     messages = on_ranks(4, work, check=False)
     assert isinstance(messages.pop(2), ChildProcessError)
+    verdict = "alive but stuck:" if fault == "stuck" else "no sign of life from"
+    named = rf"{verdict} rank 2 \(block 2\), last heard of at step [0-3]"
     for message in messages:
-        assert re.fullmatch(r"rank \d \(block \d\) at step [3456] waited in vain for \w+ of step [345]: .*", message)
-        assert re.search(r": no sign of life from rank 2 \(block 2\), last heard of at step [0-3]$", message)
+        assert re.fullmatch(rf"rank \d \(block \d\) at step \d waited in vain for \w+ of step \d: {named}", message), message
+
+
+def test_the_others_wait_patiently_while_the_coordinator_prepares_the_data(on_ranks):
+    """Longer than the timeout, but with its heart beating."""
+
+    def work(rank: int, init_method: str) -> str:
+        world = World(ParallelCard(timeout=1), place([1.0] * 2, 2), init_method)
+        word = world.publish("slow", lambda: threading.Event().wait(3) or "done", patient=True)
+        world.exchange("end", True)
+        return word
+
+    assert on_ranks(2, work) == ["done", "done"]
+
+
+def test_a_process_can_train_twice(small_card, on_ranks):
+    def work(rank: int, init_method: str) -> list[int]:
+        steps = [train(small_card(train={"steps": n}, run={"name": f"{n}"}), init_method).summary for n in (3, 5)]
+        return [summary.get("steps") for summary in steps]
+
+    assert on_ranks(2, work)[0] == [3, 5]
 
 
 def test_a_mistake_that_only_the_coordinator_sees_stops_every_rank(small_card, on_ranks):
@@ -57,14 +82,14 @@ def test_ranks_with_different_cards_are_told_so(small_card, on_ranks, section, n
         train(small_card(**{section: {name: 1 + rank}, "parallel": {"timeout": 3}}), init_method)
 
     waiting, other = on_ranks(2, work, check=False)
-    assert isinstance(waiting, PeerError) and "not all 2 ranks have come" in str(waiting)
+    assert isinstance(waiting, PeerError) and "rank 1 (blocks 2-3)" in str(waiting)
     assert isinstance(other, UserError)
     assert str(other).startswith(f"rank 1: its card is not rank 0's: {section}.{name}: 1")
 
 
 def test_ranks_agree_at_the_store_before_any_group_is_formed(on_ranks):
     def work(rank: int, init_method: str) -> tuple[str, list[int]]:
-        world = World(ParallelCard(timeout=20), init_method)
+        world = World(ParallelCard(timeout=20), place([1.0] * 3, 3), init_method)
         return world.publish("word", lambda: f"from {rank}"), world.exchange("square", rank * rank)
 
     assert on_ranks(3, work) == [("from 0", [0, 1, 4])] * 3
