@@ -107,10 +107,10 @@ def find_start(card: Card, info: DataInfo, checkpoints: Path | None) -> tuple[Pa
         )
     else:
         newest, notes = checkpoint.newest_whole(checkpoints)
-        if newest is None and notes:
+        if newest is None and any(checkpoints.glob(f"step-*/{checkpoint.MANIFEST}")):
             raise UserError(f"{checkpoints}: no whole checkpoint to resume from; {notes[0]}")
-        if newest is None:
-            return None, 0, []
+        if newest is None:  # at most one that was never finished
+            return None, 0, notes
         found = newest
     manifest = checkpoint.read_manifest(found)
     try:

@@ -118,7 +118,7 @@ def test_the_command_line_mends_a_mistake_in_the_file(read):
 
 def test_the_command_line_stands_above_a_base_card(read):
     base = Card.model_validate({"train": {"epochs": 3}, "inference": {"samples": 4}})
-    card = read(None, "--inference.samples", "2", base=base)
+    card = read(None, "--inference.samples", "2", base=lambda arguments: base)
     assert (card.train.epochs, card.inference.samples) == (3, 2)
 
 

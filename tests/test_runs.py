@@ -33,6 +33,19 @@ def test_a_damaged_newest_checkpoint_is_passed_over_and_the_end_is_the_same(smal
     assert {path.name: path.read_bytes() for path in newest.iterdir()} == expected
 
 
+def test_a_run_cut_off_in_its_first_checkpoint_starts_anew_a_damaged_only_one_is_an_error(small_card):
+    card = small_card(train={"checkpoint_every": 0})
+    train(card)
+    (only,) = checkpoints(card)
+    expected = {path.name: path.read_bytes() for path in only.iterdir()}
+    (only / "block-00.safetensors").write_bytes(b"")
+    with pytest.raises(UserError, match=r"no whole checkpoint to resume from; .*block-00\.safetensors"):
+        train(card)
+    (only / "manifest.json").unlink()
+    train(card)
+    assert {path.name: path.read_bytes() for path in only.iterdir()} == expected
+
+
 def test_a_finished_run_started_again_trains_no_step_and_says_the_same(small_card):
     first = train(small_card()).summary
     (small_card().run.dir / "run/model/config.json").unlink()
