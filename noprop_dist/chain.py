@@ -10,9 +10,10 @@ from torch import Tensor
 
 from noprop_dist.config import Card
 from noprop_dist.data import Pixels
-from noprop_dist.method.discrete import Discrete
+from noprop_dist.method import make_chain
+from noprop_dist.method.base import start
 from noprop_dist.nets.block import Block
-from noprop_dist.nets.labels import LabelSpace, nearest
+from noprop_dist.nets.labels import LabelSpace, nearest, squared_distances
 from noprop_dist.nets.precision import autocast, lay_out
 from noprop_dist.seeding import generator
 
@@ -32,20 +33,20 @@ class Scores:
 class Segment:
     """Blocks of a chain, ready for inference: all of them, or those of one rank.
 
-    ``card.inference`` says how many chains run and where they end. Noise is a pure function of (run.seed, t, batch number),
-    drawn on the CPU, so that a chain gives the same result however it is cut into segments.
+    ``card.inference`` says how many chains run and where they end. Noise is a pure function of (run.seed, step of the chain,
+    batch number), drawn on the CPU, so that a chain gives the same result however it is cut into segments.
     """
 
     def __init__(self, card: Card, blocks: Mapping[int, Block], embedding: Tensor, pixels: Pixels) -> None:
         self._card, self._embedding, self._pixels = card, embedding, pixels
-        self._method = Discrete(card.method, card.model.blocks)
-        self.used = card.inference.blocks or card.model.blocks
+        self._chain = make_chain(card)
+        self.used = card.inference.blocks or card.units
         self.blocks = {index: block.eval() for index, block in blocks.items() if index < self.used}
         self.device = embedding.device
 
     def start(self, size: int, batch: int) -> Tensor:
-        """Paths of batch number ``batch`` before the first block, (rows, size, d); see method.discrete."""
-        return self._method.start(self._noise(0, size, batch))
+        """Paths of batch number ``batch`` before the first block, (rows, size, d); see method.base."""
+        return start(self._noise(0, size, batch))
 
     def empty(self, size: int) -> Tensor:
         """A tensor of the shape of paths, on the CPU."""
@@ -62,27 +63,36 @@ class Segment:
     def advance(self, features: Mapping[int, Tensor], paths: Tensor, batch: int) -> tuple[Tensor, dict[int, Tensor]]:
         """Take the paths through these blocks. Also returns the class (B,) that each block's û names on the mean path."""
         guesses = {}
+
+        def noise(number: int) -> Tensor:
+            return self._noise(number, paths.shape[1], batch)
+
         for index, block in self.blocks.items():
 
-            def denoise(z: Tensor, block: Block = block, index: int = index) -> Tensor:
+            def denoise(z: Tensor, time: Tensor | None, block: Block = block, index: int = index) -> Tensor:
                 rows = features[index].repeat(len(z), 1)
+                times = None if time is None else time.expand(len(rows))
                 with autocast(self._card.train, self.device):
-                    return block.denoise(z.flatten(0, 1), rows, self._embedding).view_as(z)
+                    return block.denoise(z.flatten(0, 1), rows, self._embedding, times).view_as(z)
 
-            noise = self._noise(index + 1, paths.shape[1], batch)
-            paths, estimate = self._method.advance(index + 1, denoise, paths, noise, self.used)
+            paths, estimate = self._chain.advance(index, denoise, paths, noise, self.used, block.gamma)
             guesses[index] = nearest(estimate, self._embedding)
         return paths, guesses
 
-    def _noise(self, t: int, size: int, batch: int) -> Tensor:
+    def _noise(self, number: int, size: int, batch: int) -> Tensor:
         shape = (self._card.inference.samples, size, self._embedding.shape[1])
-        return torch.randn(shape, generator=generator(self._card.run.seed, "inference", t, batch)).to(self.device)
+        return torch.randn(shape, generator=generator(self._card.run.seed, "inference", number, batch)).to(self.device)
 
 
 @torch.no_grad()
-def read_out(labels: LabelSpace, paths: Tensor) -> Tensor:
+def read_out(card: Card, labels: LabelSpace, paths: Tensor) -> Tensor:
     """Log-probabilities (3, B, m) from finished paths, in the order of PATHS; several stochastic chains are averaged."""
-    probabilities: Tensor = labels(paths).softmax(dim=-1)
+    readout = card.inference.readout
+    if readout == "nearest" or (readout == "auto" and card.method.name == "fm"):
+        logits = squared_distances(paths, labels.embedding) / -2
+    else:
+        logits = labels(paths)
+    probabilities: Tensor = logits.softmax(dim=-1)
     return torch.stack([probabilities[0], probabilities[1:-1].mean(dim=0), probabilities[-1]]).log()
 
 

@@ -1,152 +1,76 @@
-"""The run card: every setting with its type, unit, default and check.
+"""The run card: all sections together, and what must hold between them.
 
-One source for YAML files, the command line (``--section.name value``) and ``--help``: the docstring under a field is its
-help text. How cards are read and written: cards.py.
+The settings themselves are in sections.py; how cards are read and written: cards.py.
 """
 
 from __future__ import annotations
 
 import math
 import os
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Literal
+from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import model_validator
 
+from noprop_dist.sections import (
+    BACKBONE_NAMES,
+    DataCard,
+    DebugCard,
+    InferenceCard,
+    MethodCard,
+    ModelCard,
+    OptimCard,
+    ParallelCard,
+    RunCard,
+    Section,
+    TrainCard,
+    UserError,
+)
 
-class UserError(Exception):
-    """A mistake in what the user gave (card, command line, data, files). Printed as it is, without a traceback."""
+__all__ = [
+    "BACKBONE_NAMES",
+    "LOCAL_METHODS",
+    "Card",
+    "DataCard",
+    "InferenceCard",
+    "MethodCard",
+    "ModelCard",
+    "OptimCard",
+    "ParallelCard",
+    "TrainCard",
+    "UserError",
+    "default_root",
+]
 
-
-class Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
-
-
-class DataCard(Section):
-    name: Literal["digits", "mnist", "fashion-mnist", "kmnist", "cifar10", "cifar100", "svhn", "imagefolder", "npz"] = "digits"
-    """The data set. digits is bundled with scikit-learn; imagefolder and npz are your own pictures."""
-    root: Path | None = None
-    """Where the data lies: torchvision's root, the image folder, or the .npz file. Default: $NOPROP_DATA, else ./data."""
-    batch_size: int = Field(128, gt=1)
-    """Images per step (the same batch for every block)."""
-    augment: Literal["auto", "none", "crop", "crop-flip"] = "auto"
-    """Random crops and flips of training images; auto: crop-flip for CIFAR and image folders, crop for SVHN, else none."""
-    image_size: int = Field(64, ge=8)
-    """imagefolder: side in pixels to which pictures are resized and centre-cropped."""
-    workers: int = Field(2, ge=0)
-    """imagefolder: decoding processes on the coordinator."""
-
-
-class MethodCard(Section):
-    name: Literal["dt"] = "dt"
-    """dt: NoProp-DT (discrete time; eqs 3-8, algorithm 1)."""
-    eta: float = Field(0.1, gt=0)
-    """η, the weight of the denoising loss (eq 8)."""
-    schedule: Literal["cosine"] = "cosine"
-    """Signal level over the blocks: ᾱ(s) = sin²(πs/2) at s = t/T, clipped to [alpha_min, alpha_max]."""
-    alpha_min: float = Field(1e-3, ge=0, lt=1)
-    """Lowest signal level ᾱ_0."""
-    alpha_max: float = Field(0.99, gt=0, lt=1)
-    """Highest signal level ᾱ_T; below 1, so that the last SNR difference stays finite."""
-    loss_weight: Literal["snr", "uniform"] = "snr"
-    """snr: each block's loss carries eq 8's factor (T/2)·η·(SNR(t)−SNR(t−1)). uniform: the factor 1. With fixed embeddings
-    the minimum is the same; under AdamW so is every step (but for eps). Gradient clipping, SGD and Adam's decay feel it."""
-
-
-class ModelCard(Section):
-    blocks: int = Field(10, ge=1)
-    """T, the number of denoising blocks."""
-    backbone: Literal["auto", "paper-cnn", "small-cnn"] = "auto"
-    """A block's image path; auto: paper-cnn (figure 5) from 14 pixels a side on, small-cnn below."""
-    embedding: Literal["one-hot"] = "one-hot"
-    """Class embeddings W."""
-    head: Literal["linear"] = "linear"
-    """p̂_out, from z_T to class logits."""
-    dropout: float = Field(0.2, ge=0, le=0.99)
-    """Dropout probability in the image path."""
-
-
-class OptimCard(Section):
-    name: Literal["adamw", "adam", "sgd"] = "adamw"
-    """Optimizer; every block (and the head) has its own."""
-    lr: float = Field(1e-3, gt=0)
-    """Peak learning rate."""
-    weight_decay: float = Field(1e-3, ge=0)
-    """Weight decay (decoupled for adamw, L2 for adam and sgd)."""
-    momentum: float = Field(0.9, ge=0, lt=1)
-    """sgd: Nesterov momentum."""
-    schedule: Literal["constant", "cosine", "one-cycle"] = "constant"
-    """Learning rate over the run. one-cycle rises for 30 % of the steps from lr/25, then falls to lr/10^4 by cosine."""
-    warmup_steps: int = Field(0, ge=0)
-    """constant and cosine: steps of linear warm-up from 0 to lr."""
-    clip_norm: float = Field(0.0, ge=0)
-    """Largest gradient norm of one block; 0: no clipping."""
-    ema: float = Field(0.0, ge=0, lt=1)
-    """Decay of an exponential moving average of each block's weights, used for inference; 0: off."""
-
-
-class TrainCard(Section):
-    epochs: int = Field(30, ge=1)
-    """Passes over the training set."""
-    steps: int | None = Field(None, ge=1)
-    """Length in steps instead of epochs."""
-    precision: Literal["fp32", "bf16"] = "fp32"
-    """bf16: autocast (weights and optimizer stay in fp32)."""
-    channels_last: bool = True
-    """Memory format of images and convolutions."""
-    log_every: int = Field(50, ge=1)
-    """Steps between scalars."""
-    eval_every: int = Field(0, ge=0)
-    """Steps between evaluations on the test set; 0: once an epoch. There is always one at the end."""
-    checkpoint_every: int = Field(500, ge=0)
-    """Steps between checkpoints; 0: only at the end."""
-    keep_checkpoints: int = Field(2, ge=1)
-    """How many of the newest checkpoints stay on disk."""
-    resume: str = "auto"
-    """auto: continue this run from its newest whole checkpoint; never: refuse an old run's folder; or a checkpoint's path."""
-
-
-class ParallelCard(Section):
-    feed: Literal["stream", "resident"] = "stream"
-    """stream: the coordinator broadcasts every batch; resident: it broadcasts the data set once and ranks pick batches."""
-    prefetch: int = Field(2, ge=0)
-    """stream: batches sent ahead of need."""
-    backend: Literal["auto", "gloo", "nccl"] = "auto"
-    """Carrier of batches; auto: nccl where every local rank has a GPU of its own, else gloo."""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where blocks train; auto: a GPU if there is one."""
-    threads: int = Field(0, ge=0)
-    """CPU threads a rank; 0: $OMP_NUM_THREADS, else cores / local ranks."""
-    timeout: float = Field(600.0, gt=0)
-    """Seconds that a rank waits for another before it gives up and names it."""
-
-
-class InferenceCard(Section):
-    path: Literal["mean", "stochastic", "average"] = "mean"
-    """What the run's test_accuracy stands for. mean: z_0 = 0, no noise; stochastic: the paper's chain; average: mean of
-    every block's û along stochastic chains. All three are always reported."""
-    samples: int = Field(1, ge=1)
-    """Stochastic chains averaged per image."""
-    blocks: int | None = Field(None, ge=1)
-    """Early exit: use only the first so many blocks."""
-    batch_size: int = Field(500, ge=1)
-    """Images per evaluation batch."""
-
-
-class RunCard(Section):
-    dir: Path = Path("runs")
-    """Folder of all runs."""
-    name: str | None = Field(None, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
-    """Folder of this run inside dir; default: a time stamp. Give a name to be able to resume."""
-    seed: int = Field(0, ge=0)
-    """Seed of everything random."""
-
-
-class DebugCard(Section):
-    enabled: bool = False
-    """``--debug`` for short: anomaly detection, deterministic algorithms, shapes and gradient norms logged."""
-    overfit_batches: int = Field(0, ge=0)
-    """Train on the first so many batches again and again; 0: on all."""
+LOCAL_METHODS = ("dt", "ct", "fm")
+"""Methods whose blocks learn alone, and so can be spread over ranks; the others are baselines on one."""
+BELONGS = {
+    **dict.fromkeys(
+        ("method.eta", "method.loss_weight", "method.schedule", "method.alpha_min", "method.alpha_max"), ("dt", "ct")
+    ),
+    **dict.fromkeys(("method.partition", "method.overlap"), ("ct", "fm")),
+    **dict.fromkeys(("inference.solver", "inference.steps", "inference.tolerance"), ("ct", "fm")),
+    **dict.fromkeys(("method.label_noise", "model.embedding_lag", "inference.blocks"), LOCAL_METHODS),
+    "method.sigma": ("fm",),
+    "method.ode_steps": ("adjoint",),
+}
+"""Settings that only some methods know; elsewhere they would do nothing, so they are refused."""
+NEEDS = {
+    "method.eta": ("method.loss_weight", ("snr",)),
+    "model.embedding_dim": ("model.embedding", ("learned",)),
+    "model.head_sigma": ("model.head", ("radial",)),
+    "optim.momentum": ("optim.name", ("sgd",)),
+    "inference.tolerance": ("inference.solver", ("dopri5",)),
+}
+"""Settings that do something only beside certain values of another one; else they are refused too."""
+_ONE = {"model": {"blocks": 1}}
+DEFAULTS: dict[str, dict[str, dict[str, Any]]] = {
+    "ct": _ONE | {"method": {"eta": 1.0}},
+    "fm": _ONE | {"method": {"label_noise": 0.0}},
+    **dict.fromkeys(("cnn", "adjoint", "liquid"), _ONE),
+}
+"""Where a method's defaults are not the fields' own: the paper's single block and η, and label noise as measured (README)."""
 
 
 class Card(Section):
@@ -162,23 +86,83 @@ class Card(Section):
     run: RunCard = RunCard()
     debug: DebugCard = DebugCard()
 
+    @property
+    def units(self) -> int:
+        """What is placed on ranks: blocks, or the one network of a baseline."""
+        return self.model.blocks if self.method.name in LOCAL_METHODS else 1
+
+    @model_validator(mode="before")
+    @classmethod
+    def _defaults_of_the_method(cls, values: Any) -> Any:
+        if not isinstance(values, dict):
+            return values
+        given = {
+            section: part.model_dump(exclude_unset=True) if isinstance(part, Section) else part
+            for section, part in values.items()
+        }
+        name = given["method"].get("name") if isinstance(given.get("method"), dict) else None
+        for section, settings in (DEFAULTS.get(name, {}) if isinstance(name, str) else {}).items():
+            part = given.get(section, {})
+            given[section] = settings | part if isinstance(part, dict) else part
+        return given
+
     @model_validator(mode="after")
     def _consistent(self) -> Card:
-        blocks, low, high = self.model.blocks, self.method.alpha_min, self.method.alpha_max
-        first, last = (math.sin(math.pi / 2 * s / blocks) ** 2 for s in (1, blocks - 1))
-        flat = f"would flatten the schedule of {blocks} blocks"
-        mistakes = [
-            (low >= high, f"method.alpha_min: {low} is not below method.alpha_max {high}; lower it"),
-            (blocks > 1 and first <= low < high, f"method.alpha_min: {low} {flat}; use less than {first:.2g}"),
-            (blocks > 1 and low < high <= last, f"method.alpha_max: {high} {flat}; use more than {last:.6g}"),
-            (
-                (self.inference.blocks or 0) > blocks,
-                f"inference.blocks: {self.inference.blocks} is more than model.blocks {blocks}; lower it",
-            ),
-        ]
-        if found := [text for wrong, text in mistakes if wrong]:
+        if found := [*_strangers(self), *_contradictions(self)]:
             raise ValueError("\n".join(found))
         return self
+
+
+def _strangers(card: Card) -> Iterator[str]:
+    """Settings that would do nothing."""
+    for setting, methods in BELONGS.items():
+        if card.method.name not in methods and _is_set(card, setting):
+            yield f"{setting}: belongs to {', '.join(methods)}, not to {card.method.name}; leave it out"
+    for setting, (other, values) in NEEDS.items():
+        if _value(card, other) not in values and _is_set(card, setting):
+            yield f"{setting}: does nothing with {other} {_value(card, other)}, only with {', '.join(values)}; leave it out"
+
+
+def _value(card: Card, setting: str) -> Any:
+    section, name = setting.split(".")
+    return getattr(getattr(card, section), name)
+
+
+def _is_set(card: Card, setting: str) -> bool:
+    """Whether it is another than by default."""
+    section, name = setting.split(".")
+    default = type(getattr(card, section)).model_fields[name].default
+    return bool(_value(card, setting) != DEFAULTS.get(card.method.name, {}).get(section, {}).get(name, default))
+
+
+def _contradictions(card: Card) -> Iterator[str]:
+    method, blocks = card.method, card.model.blocks
+    name, low, high = method.name, method.alpha_min, method.alpha_max
+    if low >= high:
+        yield f"method.alpha_min: {low} is not below method.alpha_max {high}; lower it"
+    if (card.inference.blocks or 0) > blocks:
+        yield f"inference.blocks: {card.inference.blocks} is more than model.blocks {blocks}; lower it"
+    if name not in (*LOCAL_METHODS, "backprop") and blocks > 1:
+        yield f"model.blocks: {name} is one network, not {blocks} blocks; leave it out"
+    if name == "dt" and method.schedule == "learned":
+        yield "method.schedule: learned needs continuous time; use it with --method.name ct"
+    if method.schedule == "learned" and method.loss_weight != "snr":
+        yield "method.loss_weight: uniform lets a learned schedule cheat, by easy times; use snr, or a fixed method.schedule"
+    if low == 0 and (name == "ct" or method.schedule == "sigmoid"):
+        yield "method.alpha_min: 0 has no finite log SNR, which this schedule needs; use more"
+    if method.overlap > 0 and blocks == 1:
+        yield "method.overlap: one block has no neighbour; raise --model.blocks or leave it out"
+    if name == "fm" and card.inference.solver == "sde":
+        yield "inference.solver: flow matching has an ODE only; use euler, midpoint, heun, rk4 or dopri5"
+    if name == "dt" and method.schedule in ("cosine", "linear") and blocks > 1:
+        first, last = 1 / blocks, (blocks - 1) / blocks
+        if method.schedule == "cosine":
+            first, last = (math.sin(math.pi / 2 * s) ** 2 for s in (first, last))
+        flat = f"would flatten the schedule of {blocks} blocks"
+        if first <= low < high:
+            yield f"method.alpha_min: {low} {flat}; use less than {first:.2g}"
+        if low < high <= last:
+            yield f"method.alpha_max: {high} {flat}; use more than {last:.6g}"
 
 
 def default_root() -> Path:

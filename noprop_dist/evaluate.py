@@ -62,7 +62,7 @@ def load(folder: Path) -> NoPropModel:
         raise UserError(f"{folder}: {reason}")
     manifest = read_manifest(newest)
     card, info = Card.model_validate(manifest["card"]), DataInfo.from_json(manifest["data"])
-    blocks = {index: _state(newest / block_file(index)) for index in range(card.model.blocks)}
+    blocks = {index: _state(newest / block_file(index)) for index in range(card.units)}
     return NoPropModel.from_parts(card, info, blocks, _state(newest / LABELS))
 
 

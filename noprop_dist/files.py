@@ -15,8 +15,15 @@ from noprop_dist.config import UserError
 
 
 def pack(tensors: Mapping[str, Tensor]) -> bytes:
-    """Tensors as safetensors bytes: the same bytes for the same values, whatever their memory format or device."""
-    return save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()})
+    """Tensors as safetensors bytes: the same bytes for the same values, whatever their memory format, device or sharing."""
+    plain: dict[str, Tensor] = {}
+    taken = set()
+    for name, tensor in tensors.items():
+        tensor = tensor.detach().cpu().contiguous()
+        place = tensor.untyped_storage().data_ptr()
+        plain[name] = tensor.clone() if place in taken else tensor  # safetensors refuses tied weights
+        taken.add(place)
+    return save(plain)
 
 
 def unpack(blob: bytes, place: object = "safetensors bytes") -> dict[str, Tensor]:

@@ -13,10 +13,12 @@ import torch
 
 from noprop_dist import files
 from noprop_dist.cards import dump_card
-from noprop_dist.config import Card, UserError
-from noprop_dist.data import DataInfo, DataSet, describe, open_data, resolve_augment
-from noprop_dist.model import NoPropModel
-from noprop_dist.nets.block import resolve_backbone
+from noprop_dist.config import LOCAL_METHODS, Card, UserError
+from noprop_dist.data import DataInfo, DataSet, check_classes, describe, open_data, resolve_augment
+from noprop_dist.learning import travelling
+from noprop_dist.model import NoPropModel, fresh_labels
+from noprop_dist.nets.backbones import resolve_backbone
+from noprop_dist.nets.baselines import liquid_layer
 from noprop_dist.nets.cost import block_cost
 from noprop_dist.parallel.feed import Feed, message_size
 from noprop_dist.parallel.placement import COORDINATOR, place
@@ -50,7 +52,8 @@ def train(card: Card | None = None, init_method: str = "env://") -> TrainResult:
     card = card or Card()
     rank, ranks = rank_and_size()
     set_up_logging(rank)
-    placement = place([1.0] * card.model.blocks, ranks)  # the blocks of NoProp-DT are alike
+    check_baseline(card, ranks)
+    placement = place([1.0] * card.units, ranks)  # blocks of one card are alike
     threads = set_threads(card.parallel)
     world = World(card.parallel, placement, init_method)
     plan = _agree(card, threads, world)
@@ -58,7 +61,7 @@ def train(card: Card | None = None, init_method: str = "env://") -> TrainResult:
     card, info = plan.card, plan.info
     log.info(
         "run %s: %d blocks on %d rank%s (%s, %s, %d thread%s), data %s %s, %d training and %d test images",
-        plan.folder.path, card.model.blocks, ranks, "s" * (ranks > 1), world.device, world.backend, threads,
+        plan.folder.path, card.units, ranks, "s" * (ranks > 1), world.device, world.backend, threads,
         "s" * (threads > 1), info.name, info.shape, info.train_size, info.test_size,
     )  # fmt: skip
     if ranks > 1 and world.device.type == "cuda" and world.backend == "gloo":
@@ -91,7 +94,9 @@ def _agree(card: Card, threads: int, world: World) -> _Plan:
 
     def open_and_check() -> dict[str, Any]:
         data = open_data(card.data)
-        resolve_backbone(card.model, data.info.shape)
+        resolve_backbone(card.model.backbone, data.info.shape)
+        if card.model.embedding == "prototype":
+            check_classes(data.train, data.info)
         opened.append(data)
         return data.info.to_json()
 
@@ -107,19 +112,29 @@ def _agree(card: Card, threads: int, world: World) -> _Plan:
     return _Plan(card, info, opened[0] if opened else None, folder, Path(checkpoint) if checkpoint else None, start)
 
 
+def check_baseline(card: Card, ranks: int) -> None:
+    if card.method.name not in LOCAL_METHODS and ranks > 1:
+        raise UserError(f"method.name: {card.method.name} trains end to end, on one rank, not on {ranks}; start one process")
+    if card.method.name == "liquid":
+        liquid_layer()
+
+
 def resolve(card: Card, info: DataInfo) -> Card:
     """The card with every "auto" that decides what is computed replaced by what it means for these data."""
     data = card.data.model_copy(update={"augment": resolve_augment(card.data)})
-    model = card.model.model_copy(update={"backbone": resolve_backbone(card.model, info.shape)})
+    model = card.model.model_copy(update={"backbone": resolve_backbone(card.model.backbone, info.shape)})
     return card.model_copy(update={"data": data, "model": model})
 
 
 def dry_run(card: Card, ranks: int) -> None:
     """Print who would own what, and what it costs. Starts nothing; reads no data that has a known shape."""
+    check_baseline(card, ranks)
     info = describe(card.data)
     cost = block_cost(resolve(card, info), info.shape, len(info.classes))
-    placement = place([cost.flops] * card.model.blocks, ranks)
+    placement = place([cost.flops] * card.units, ranks)
+    values = _travelling_bytes(card, info)
     message = message_size(card.data.batch_size, info.shape) if card.parallel.feed == "stream" else 0
+    message += values // card.model.embedding_lag
     rows = [
         {
             "rank": rank,
@@ -137,10 +152,19 @@ def dry_run(card: Card, ranks: int) -> None:
         f"and optimizer, {size(cost.activations)} activations (one block's at a time)",
         "memory: tensors of training, without Python, torch and the data",
     ]
+    if values:
+        notes.append(f"label space: {size(values)} to every other rank each {card.model.embedding_lag} steps")
     if card.parallel.feed == "resident":
         data = sum(message_size(count, info.shape) for count in (info.train_size, info.test_size))
-        notes.append(f"resident: {size(data)} to every other rank once, nothing per step")
+        notes.append(f"resident: {size(data)} to every other rank once, no batches per step")
     print_placement(rows, notes)
+
+
+def _travelling_bytes(card: Card, info: DataInfo) -> int:
+    """Of the label space, each time that it is sent."""
+    with torch.random.fork_rng([]):
+        labels = fresh_labels(card, info, torch.device("cpu"))
+    return sum(labels.get_parameter(name).nbytes for name in travelling(card, labels))
 
 
 def _with_name(card: Card, name: str) -> Card:

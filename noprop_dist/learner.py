@@ -5,11 +5,13 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from noprop_dist.config import OptimCard
+from noprop_dist.method.schedule import LearnedSchedule
 
 
 def learning_rate(card: OptimCard, step: int, total: int) -> float:
@@ -30,6 +32,15 @@ def _cosine(start: float, end: float, share: float) -> float:
     return end + (start - end) * (1 + math.cos(math.pi * min(share, 1.0))) / 2
 
 
+def update(loss: Tensor, step: int, *learners: Learner) -> None:
+    """One optimizer step of all that a scalar loss trains."""
+    for learner in learners:
+        learner.optimizer.zero_grad(set_to_none=True)
+    loss.backward()  # type: ignore[no-untyped-call]
+    for learner in learners:
+        learner.apply(step)
+
+
 class Learner:
     """``module`` and its optimizer; ``inference`` is the module to predict with (its moving average where there is one)."""
 
@@ -37,13 +48,11 @@ class Learner:
         self.module = module
         self._card, self._total = card, total_steps
         self._parameters = dict(module.named_parameters())
-        self.optimizer = _optimizer(card, list(self._parameters.values()))
+        self.optimizer = _optimizer(card, module)
         self.inference = copy.deepcopy(module).requires_grad_(False) if card.ema else module
 
-    def update(self, loss: Tensor, step: int) -> None:
-        """One optimizer step on a scalar loss."""
-        self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()  # type: ignore[no-untyped-call]
+    def apply(self, step: int) -> None:
+        """One optimizer step along the gradients that are there."""
         if self._card.clip_norm:
             nn.utils.clip_grad_norm_(self._parameters.values(), self._card.clip_norm)
         for group in self.optimizer.param_groups:
@@ -98,7 +107,12 @@ def _part(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
 
 
-def _optimizer(card: OptimCard, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+def _optimizer(card: OptimCard, module: nn.Module) -> torch.optim.Optimizer:
+    """Weight decay is for weights: γ's end points and positive weights have no reason to be small."""
+    schedules = [part for part in module.modules() if isinstance(part, LearnedSchedule)]
+    free = [parameter for schedule in schedules for parameter in schedule.parameters()]
+    decayed = [parameter for parameter in module.parameters() if not any(parameter is other for other in free)]
+    parameters: list[dict[str, Any]] = [{"params": decayed}, *([{"params": free, "weight_decay": 0.0}] if free else [])]
     if card.name == "sgd":
         return torch.optim.SGD(
             parameters,

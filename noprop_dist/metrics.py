@@ -6,7 +6,7 @@ import contextlib
 import resource
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,8 @@ from torch import Tensor
 
 from noprop_dist.chain import PATHS, Scores
 from noprop_dist.config import Card
+from noprop_dist.data import DataInfo
+from noprop_dist.history import History
 from noprop_dist.learner import learning_rate
 from noprop_dist.parallel.placement import Placement
 from noprop_dist.parallel.scalars import Rows, gather_rows
@@ -22,32 +24,60 @@ from noprop_dist.parallel.traffic import KINDS
 from noprop_dist.parallel.world import World
 from noprop_dist.report.board import Board
 from noprop_dist.report.console import Bar, log
+from noprop_dist.runs import RunFolder
 
 PARTS = ("loss", "train accuracy", "gradient norm")
+FED = ("batches", "labels")
+"""Kinds of messages that training itself needs; the coordinator sends them all."""
 
 
 class RunLog:
-    """Gathers a run's figures. All ranks have one; the coordinator's shows and keeps them."""
+    """Gathers a run's figures, from ``world.step`` on. All ranks have one; the coordinator's shows and keeps them.
 
-    def __init__(self, card: Card, world: World, placement: Placement, folder: Path, start: int, total: int) -> None:
-        self._card, self._world, self._placement = card, world, placement
-        self._start, self._total = start, total
-        self._board = Board(folder, start) if world.is_coordinator else None
-        self._bar = Bar(world.rank, start, total)
+    Args:
+        total: length of the run in steps.
+        checkpoint: from which the run goes on, None at its beginning.
+    """
+
+    def __init__(
+        self,
+        card: Card,
+        info: DataInfo,
+        world: World,
+        placement: Placement,
+        folder: RunFolder,
+        total: int,
+        checkpoint: Path | None,
+    ) -> None:
+        self._card, self._info, self._world, self._placement = card, info, world, placement
+        self._start, self._total = world.step, total
+        self._board = Board(folder.tensorboard, self._start) if world.is_coordinator else None
+        self._history = History(folder.history, self._start, checkpoint) if world.is_coordinator else None
+        self._bar = Bar(world.rank, self._start, total)
         self._first = placement.ranges[world.rank].start
         self._sums = torch.zeros(len(PARTS), len(placement.ranges[world.rank]), dtype=torch.float64, device=world.device)
         self._counted = 0
         self._running = self._waiting = self._before = 0.0  # seconds of training, of waiting in them, and up to the last log
+        self._fed = 0  # bytes that training took
         self._under_way: tuple[int, dict[str, float], Rows] | None = None
         self._losses: dict[int, float] = {}
 
     @contextlib.contextmanager
     def training(self) -> Iterator[None]:
         """Count what happens inside as training time (evaluation and saving are left out)."""
-        begin, waited = time.perf_counter(), sum(self._world.traffic.waited.values())
+        traffic = self._world.traffic
+        begin, waited, fed = time.perf_counter(), sum(traffic.waited.values()), sum(traffic.sent[kind] for kind in FED)
         yield
         self._running += time.perf_counter() - begin
-        self._waiting += sum(self._world.traffic.waited.values()) - waited
+        self._waiting += sum(traffic.waited.values()) - waited
+        self._fed += sum(traffic.sent[kind] for kind in FED) - fed
+
+    def pause(self) -> None:
+        """Before evaluation or saving: let the device finish the training under way, and note how long it has taken."""
+        with self.training():
+            if self._world.device.type == "cuda":
+                torch.cuda.synchronize(self._world.device)
+        self._note()
 
     def add(self, index: int, loss: Tensor, hits: Tensor) -> None:
         """A block's loss (scalar) and the hits (B,) of its û on one batch. Does not synchronise with the device."""
@@ -61,20 +91,25 @@ class RunLog:
             shapes = ", ".join(f"{name} {tuple(tensor.shape)} {tensor.dtype}" for name, tensor in tensors.items())
             log.info("block %d: %s", index, shapes)
 
-    def step(self, done: int) -> None:
-        """``done`` steps are complete. Now and then, send this rank's means off and show those sent the time before."""
+    def step(self, done: int, spread: Callable[[], float]) -> None:
+        """``done`` steps are complete. Now and then, send this rank's means off and show those sent the time before.
+
+        ``spread`` gives the smallest distance between two class embeddings.
+        """
         self._counted += 1
         self._bar.update(done)
         if done % self._card.train.log_every == 0 or done == self._total:
             with self.training():
                 self._flush()
-            mine = (self._sums / self._counted).flatten().cpu()
+                mine = (self._sums / self._counted).flatten().cpu()  # waits for the device
             lengths = [len(PARTS) * len(owned) for owned in self._placement.ranges]
             now = {
                 "learning rate": learning_rate(self._card.optim, done - 1, self._total),
                 "samples per second": self._counted * self._card.data.batch_size / max(self._running - self._before, 1e-9),
                 "busy share of rank 0": self._busy,
             }
+            if self._card.model.embedding != "one-hot":
+                now["smallest distance between embeddings"] = spread()
             now |= {f"bytes sent by rank 0/{kind}": count for kind, count in self._world.traffic.sent.items()}
             self._under_way = done, now, gather_rows(self._world, mine, lengths)
             self._before = self._running
@@ -91,12 +126,15 @@ class RunLog:
             values = {f"test accuracy/{path}": getattr(scores, path) for path in PATHS}
             values |= {_tag(index, "test accuracy"): value for index, value in enumerate(scores.blocks)}
             self._board.scalars(step, values)
+        self._note(**{path: getattr(scores, path) for path in PATHS})
 
-    def summary(self, scores: Scores | None) -> dict[str, Any]:
-        """All of the end table, on the coordinator; nothing elsewhere. Every rank calls it."""
+    def summary(self, scores: Scores | None, training: Scores | None) -> dict[str, Any]:
+        """All of the end table, from the scores of test and training images, on the coordinator; nothing elsewhere. Every rank
+        calls it."""
         self._flush()
         world, card = self._world, self._card
-        samples = (world.step - self._start) * card.data.batch_size
+        steps = world.step - self._start
+        samples = steps * card.data.batch_size
         traffic = world.traffic
         own = [samples / self._running if samples else 0.0, peak_memory(world.device), self._busy]
         counts = len(own) + len(KINDS)
@@ -106,7 +144,7 @@ class RunLog:
             traffic_after["scalars"] += 8 * counts
         mine = torch.tensor([*own, *traffic_after.values()], dtype=torch.float64)
         rows = [row.tolist() for row in gather_rows(world, mine, [counts] * world.size).wait()]
-        if scores is None or not rows:
+        if scores is None or training is None or self._history is None:
             return {}
         accuracy = {path: getattr(scores, path) for path in PATHS}
         used = dict(enumerate(scores.blocks))
@@ -114,8 +152,10 @@ class RunLog:
             "test_accuracy": accuracy[card.inference.path],
             "path": card.inference.path,
             "accuracy": accuracy,
+            "train_accuracy": getattr(training, card.inference.path),
             "ranks": world.size,
             "steps": world.step,
+            "seconds": self._history.seconds + self._running,
             "samples_per_second": min(row[0] for row in rows),
             "peak_memory_bytes": int(max(row[1] for row in rows)),
             "busy_share": sum(row[2] for row in rows) / world.size,
@@ -136,9 +176,11 @@ class RunLog:
                     "loss": self._losses.get(index),
                     "accuracy": used.get(index),
                 }
-                for index in range(card.model.blocks)
+                for index in range(card.units)
             ],
             "bytes": {kind: int(sum(row[len(own) + number] for row in rows)) for number, kind in enumerate(KINDS)},
+            "bytes_per_step": self._fed / steps if steps else 0.0,
+            "curve": self._history.curve,
         }
 
     def close(self) -> None:
@@ -150,6 +192,11 @@ class RunLog:
     @property
     def _busy(self) -> float:
         return 1 - self._waiting / self._running if self._running else 1.0
+
+    def _note(self, **figures: float) -> None:
+        if self._history:
+            epoch = self._world.step * self._card.data.batch_size / self._info.train_size
+            self._history.note(self._world.step, epoch=epoch, seconds=self._history.seconds + self._running, **figures)
 
     def _flush(self) -> None:
         """Show the scalars under way. They were sent long ago, so hardly anyone waits."""

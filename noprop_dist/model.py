@@ -15,7 +15,9 @@ from noprop_dist import files
 from noprop_dist.chain import PATHS, Scores, Segment, Tally, read_out
 from noprop_dist.config import Card, UserError
 from noprop_dist.data import DataInfo, Pixels, Split, test_indices
-from noprop_dist.nets.block import Block, build_block
+from noprop_dist.method.intervals import cuts
+from noprop_dist.nets.block import Block
+from noprop_dist.nets.build import build_network
 from noprop_dist.nets.labels import LabelSpace
 from noprop_dist.nets.precision import lay_out
 from noprop_dist.seeding import derive
@@ -26,15 +28,16 @@ WEIGHTS, CONFIG = "model.safetensors", "config.json"
 def fresh_block(card: Card, info: DataInfo, index: int, device: torch.device) -> Block:
     """Block ``index`` before its first step: a pure function of (seed, index). Reseeds torch's global generator."""
     torch.manual_seed(derive(card.run.seed, "init", index))
-    classes = len(info.classes)
-    block = build_block(card.model, info.shape, dim=classes, classes=classes)
+    ends = cuts(card.method, card.units)
+    block = build_network(card, info.shape, len(info.classes), (ends[index], ends[index + 1]))
     return lay_out(card.train, block).to(device)
 
 
-def fresh_labels(card: Card, info: DataInfo, device: torch.device) -> LabelSpace:
-    """The label space before its first step: a pure function of the seed. Reseeds torch's global generator."""
+def fresh_labels(card: Card, info: DataInfo, device: torch.device, prototypes: Tensor | None = None) -> LabelSpace:
+    """The label space before its first step: a pure function of the seed (and of the prototypes (m, d), for that kind of
+    embedding). Reseeds torch's global generator."""
     torch.manual_seed(derive(card.run.seed, "init", "labels"))
-    return LabelSpace(card.model, len(info.classes)).to(device)
+    return LabelSpace(card.model, info.shape, len(info.classes), prototypes).to(device)
 
 
 class NoPropModel(nn.Module):
@@ -49,7 +52,7 @@ class NoPropModel(nn.Module):
         self.card, self.info = card, info
         with torch.random.fork_rng([]):
             cpu = torch.device("cpu")
-            self.blocks = nn.ModuleList(fresh_block(card, info, index, cpu) for index in range(card.model.blocks))
+            self.blocks = nn.ModuleList(fresh_block(card, info, index, cpu) for index in range(card.units))
             self.labels = fresh_labels(card, info, cpu)
         self.eval()
 
@@ -62,7 +65,7 @@ class NoPropModel(nn.Module):
         """
         card = self._with(inference)
         paths, _ = self._run(self._segment(card), images, batch)
-        return read_out(self.labels, paths)[PATHS.index(card.inference.path)]
+        return read_out(card, self.labels, paths)[PATHS.index(card.inference.path)]
 
     def predict(self, images: Tensor, **inference: Any) -> Tensor:
         """Classes, int64 (B,), of uint8 images (B, C, H, W); the same overrides as :meth:`forward`."""
@@ -78,7 +81,7 @@ class NoPropModel(nn.Module):
             labels = labels.to(segment.device)
             paths, guesses = self._run(segment, images, number)
             tally.estimates(guesses, labels)
-            tally.chain(read_out(self.labels, paths), labels)
+            tally.chain(read_out(card, self.labels, paths), labels)
         return tally.scores(segment.used)
 
     def save(self, folder: Path | str) -> None:

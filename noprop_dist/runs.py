@@ -65,6 +65,11 @@ class RunFolder:
         return self.path / "card.yaml"
 
     @property
+    def history(self) -> Path:
+        """Accuracies and seconds along the way."""
+        return self.path / "history.json"
+
+    @property
     def summary(self) -> Path:
         """The end table as JSON."""
         return self.path / "summary.json"

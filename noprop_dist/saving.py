@@ -17,6 +17,7 @@ from noprop_dist.learner import Learner
 from noprop_dist.model import NoPropModel
 from noprop_dist.parallel.gather import collect, deliver
 from noprop_dist.parallel.placement import Placement
+from noprop_dist.parallel.publication import Publication
 from noprop_dist.parallel.scalars import gather_rows
 from noprop_dist.parallel.world import World
 
@@ -38,7 +39,7 @@ class Saver:
         if world.is_coordinator:
             mark.unlink()
 
-    def save(self, card: Card, info: DataInfo, blocks: Mapping[int, Learner], labels: Learner) -> Path:
+    def save(self, card: Card, info: DataInfo, blocks: Mapping[int, Learner], labels: Learner, seen: Publication) -> Path:
         """Write the checkpoint after ``world.step`` steps, rotate old ones away, and return its folder. All ranks call it."""
         folder, world = checkpoint.step_folder(self._root, self._world.step), self._world
         blobs = {index: pack(learner.state()) for index, learner in blocks.items()}
@@ -52,14 +53,14 @@ class Saver:
         if world.is_coordinator:
             sums = torch.cat(rows).view(-1, 32)
             digests = {checkpoint.block_file(index): bytes(row.tolist()) for index, row in enumerate(sums)}
-            blob = pack(labels.state())
+            blob = pack(labels.state() | seen.state())
             write(folder / checkpoint.LABELS, blob)
             facts = {"step": world.step, "card": card.model_dump(mode="json"), "data": info.to_json()}
             checkpoint.commit(folder, facts, digests | {checkpoint.LABELS: checkpoint.digest(blob)})
             checkpoint.prune(self._root, self._keep)
         return folder
 
-    def restore(self, folder: Path, blocks: Mapping[int, Learner], labels: Learner) -> None:
+    def restore(self, folder: Path, blocks: Mapping[int, Learner], labels: Learner, seen: Publication) -> None:
         """Load a whole checkpoint. Ranks may be other, and more or fewer, than those that wrote it.
 
         Raises UserError naming the file that does not fit.
@@ -73,7 +74,10 @@ class Saver:
             path = folder / checkpoint.block_file(index)
             _load(learner, received[index] if index in received else read(path), path)
         if world.is_coordinator:
-            _load(labels, read(folder / checkpoint.LABELS), folder / checkpoint.LABELS)
+            path = folder / checkpoint.LABELS
+            blob = read(path)
+            _load(labels, blob, path)
+            _load(seen, blob, path)
 
     def _blind_to(self, path: Path, content: str) -> set[int]:
         """Ranks that do not see a file of the coordinator's with this content."""
@@ -90,7 +94,7 @@ class Saver:
         return NoPropModel.from_parts(card, info, parts, labels.inference.state_dict())
 
 
-def _load(learner: Learner, blob: bytes, path: Path) -> None:
+def _load(learner: Learner | Publication, blob: bytes, path: Path) -> None:
     try:
         learner.load(unpack(blob, path))
     except (RuntimeError, KeyError) as error:

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
-from noprop_dist import NoPropModel, UserError, train
+from noprop_dist import Card, NoPropModel, UserError, train
 from noprop_dist.chain import Segment, Tally, read_out
 from noprop_dist.data import Pixels, open_data
+from noprop_dist.nets.block import Block
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory) -> NoPropModel:
-    from noprop_dist import Card
-
     folder = tmp_path_factory.mktemp("chain")
     card = Card.model_validate({"model": {"blocks": 3}, "train": {"steps": 40}, "run": {"dir": str(folder), "name": "r"}})
     model = train(card).model
@@ -86,11 +87,56 @@ def test_the_image_is_what_is_classified_not_the_label(trained, images):
 
 def test_read_out_averages_probabilities_of_the_stochastic_chains_only(trained):
     paths = torch.randn(5, 2, 10)
-    mean, stochastic, average = read_out(trained.labels, paths).exp()
+    mean, stochastic, average = read_out(trained.card, trained.labels, paths).exp()
     each = [trained.labels(row).softmax(dim=1) for row in paths]
     torch.testing.assert_close(mean, each[0].detach())
     torch.testing.assert_close(stochastic, (sum(each[1:4]) / 3).detach())
     torch.testing.assert_close(average, each[4].detach())
+
+
+def test_the_nearest_embedding_may_be_read_instead_of_the_head(trained, images):
+    """And is, for flow matching, unless the head is asked for."""
+    paths = torch.randn(3, 6, 10)
+    distances = torch.stack([(paths[row, :, None] - torch.eye(10)).square().sum(dim=-1) for row in range(3)])
+    nearest = with_settings(trained.card, inference={"readout": "nearest"})
+    torch.testing.assert_close(
+        read_out(nearest, trained.labels, paths), (-distances / 2).log_softmax(dim=-1), atol=1e-5, rtol=0
+    )
+    flow = with_settings(trained.card, method={"name": "fm"}, inference={"readout": "auto"})
+    assert read_out(flow, trained.labels, paths).equal(read_out(nearest, trained.labels, paths))
+    head = with_settings(flow, inference={"readout": "head"})
+    assert read_out(head, trained.labels, paths).equal(read_out(trained.card, trained.labels, paths))
+
+
+def with_settings(card: Card, **sections: dict[str, Any]) -> Card:
+    values = card.model_dump()
+    return Card.model_validate(values | {name: values[name] | settings for name, settings in sections.items()})
+
+
+@pytest.mark.parametrize("name", ["ct", "fm"])
+def test_images_are_encoded_once_for_all_steps_with_the_same_result_as_at_every_step(name, images, monkeypatch):
+    card = Card.model_validate({"method": {"name": name}, "model": {"blocks": 2}, "inference": {"steps": 12}})
+    info = open_data(card.data).info
+    model = NoPropModel(card, info)
+    calls = []
+    encode, denoise = Block.encode, Block.denoise
+
+    def counted(self: Block, x: torch.Tensor) -> torch.Tensor:
+        calls.append(self)
+        return encode(self, x)
+
+    monkeypatch.setattr(Block, "encode", counted)
+    once = model(images)
+    assert len(calls) == 2, "once a block"
+
+    x = Pixels(card.data, info).normalise(images)
+
+    def encoding_again(self: Block, z: torch.Tensor, features: torch.Tensor, *others: Any) -> torch.Tensor:
+        return denoise(self, z, self.encode(x).repeat(len(features) // len(x), 1), *others)
+
+    monkeypatch.setattr(Block, "denoise", encoding_again)
+    assert model(images).equal(once)
+    assert len(calls) > 12
 
 
 def test_a_tally_counts_shares():

@@ -1,6 +1,7 @@
 """The card: what is read from where, and what a user is told about a mistake."""
 
 import argparse
+from pathlib import Path
 
 import pytest
 
@@ -47,6 +48,24 @@ MISTAKES = [
     ("method: {alpha_max: 0.5}", (), [("c.yaml", "method.alpha_max", "flatten", "more than 0.97")]),
     ("method: {alpha_min: 0.9, alpha_max: 0.2}", (), [("c.yaml", "method.alpha_min", "0.2")]),
     ("model: {blocks: 4}", ("--inference.blocks", "5"), [("inference.blocks", "5", "model.blocks 4")]),
+    ("method: {name: cnn}", ("--inference.blocks", "1"), [("inference.blocks", "dt, ct, fm", "cnn")]),
+    ("method: {name: cnn}\nmodel: {blocks: 2}", (), [("c.yaml", "model.blocks", "cnn", "not 2 blocks")]),
+    ("method: {name: dt, schedule: learned}", (), [("c.yaml", "method.schedule", "--method.name ct")]),
+    ("method: {name: fm, schedule: sigmoid}", (), [("c.yaml", "method.schedule", "dt, ct", "not to fm")]),
+    ("method: {name: ct, alpha_min: 0}", (), [("c.yaml", "method.alpha_min", "finite")]),
+    ("method: {schedule: sigmoid, alpha_min: 0}", (), [("c.yaml", "method.alpha_min", "finite")]),
+    ("method: {schedule: linear, alpha_max: 0.9}", (), [("c.yaml", "method.alpha_max", "flatten", "more than 0.9")]),
+    ("method: {partition: equal-mass}", (), [("c.yaml", "method.partition", "ct, fm", "not to dt")]),
+    ("method: {name: ct, overlap: 0.1}", (), [("c.yaml", "method.overlap", "raise --model.blocks")]),
+    ("method: {name: ct, sigma: 0.1}", (), [("c.yaml", "method.sigma", "belongs to fm")]),
+    ("method: {name: backprop, label_noise: 0.2}", (), [("c.yaml", "method.label_noise", "backprop")]),
+    ("method: {name: fm}", ("--inference.solver", "sde"), [("inference.solver", "ODE")]),
+    ("method: {name: [ct]}", (), [("c.yaml", "method.name", "'ct'")]),
+    ("method: {name: ct, schedule: learned, loss_weight: uniform}", (), [("c.yaml", "method.loss_weight", "use snr")]),
+    ("method: {eta: 0.2, loss_weight: uniform}", (), [("c.yaml", "method.eta", "only with snr")]),
+    ("model: {embedding_dim: 5}", (), [("c.yaml", "model.embedding_dim", "model.embedding one-hot", "only with learned")]),
+    ("optim: {momentum: 0.5}", (), [("c.yaml", "optim.momentum", "adamw", "only with sgd")]),
+    ("inference: {solver: euler}", (), [("c.yaml", "inference.solver", "not to dt")]),
     ("- train\n- data", (), [("c.yaml", "mapping")]),
     ("just text", (), [("c.yaml", "mapping")]),
     ("train:\n  epochs: 3\n bad: [1\n", (), [("c.yaml:3", "not YAML")]),
@@ -61,6 +80,13 @@ MISTAKES = [
     (None, ("--run.name", "../x"), [("run.name", "'../x'")]),
     ("", ("other.yaml",), [("command line", "'other.yaml'", "no setting")]),
     ("", ("--train.epochs", "many"), [("command line", "train.epochs", "'many'")]),
+    ("base: missing.yaml", (), [("c.yaml", "base", "no card missing.yaml")]),
+    ("base: 3", (), [("c.yaml", "base", "3")]),
+    ("base: [a.yaml, 3]", (), [("c.yaml", "base", "3")]),
+    ("base: {a: b}", (), [("c.yaml", "base", "{'a': 'b'}")]),
+    ("base: c.yaml", (), [("c.yaml", "base", "c.yaml -> c.yaml", "circle")]),
+    ("bsae: c.yaml", (), [("c.yaml", "unknown setting bsae")]),
+    (None, ("--base", "c.yaml"), [("command line", "base")]),
     # several at once
     (
         "data: {batch_size: 1}\nmodel: {backbone: resnet}\nfoo: 3",
@@ -120,6 +146,54 @@ def test_the_command_line_stands_above_a_base_card(read):
     base = Card.model_validate({"train": {"epochs": 3}, "inference": {"samples": 4}})
     card = read(None, "--inference.samples", "2", base=lambda arguments: base)
     assert (card.train.epochs, card.inference.samples) == (3, 2)
+
+
+@pytest.fixture
+def cards(tmp_path):
+    """``cards(name=yaml, ...)`` writes cards; those whose name begins with ``sub_`` into the folder sub/."""
+
+    def write(**texts):
+        (tmp_path / "sub").mkdir(exist_ok=True)
+        for name, text in texts.items():
+            (tmp_path / f"{name.replace('sub_', 'sub/')}.yaml").write_text(text)
+
+    return write
+
+
+def test_a_card_builds_on_others_the_later_above_the_earlier_and_itself_above_all(read, cards):
+    cards(
+        sub_low="train: {epochs: 1, log_every: 1, eval_every: 1}\nrun: {seed: 1}", sub_high="train: {epochs: 2, log_every: 2}"
+    )
+    card = read("base: [sub/low.yaml, sub/high.yaml]\ntrain: {epochs: 3}", "--train.keep_checkpoints", "4")
+    train = card.train
+    assert (train.epochs, train.log_every, train.eval_every, train.keep_checkpoints, card.run.seed) == (3, 2, 1, 4, 1)
+    assert load_card(Path("c.yaml")).train.log_every == 2
+
+
+def test_a_base_has_bases_relative_to_its_own_folder_and_one_used_twice_lies_below_both(read, cards):
+    cards(
+        root="train: {epochs: 1, log_every: 1}",
+        sub_left="base: ../root.yaml\ntrain: {epochs: 2}",
+        sub_right="base: ../root.yaml\ntrain: {eval_every: 3}",
+    )
+    train = read("base: [sub/left.yaml, sub/right.yaml]").train
+    assert (train.epochs, train.log_every, train.eval_every) == (2, 1, 3)
+
+
+def test_a_mistake_in_a_base_is_told_with_the_file_where_it_stands(read, cards):
+    cards(sub_low="optim: {lr: fast}\ntrain: {epohcs: 3}", sub_broken="a: [", sub_round="base: ../c.yaml")
+    with pytest.raises(UserError) as caught:
+        read("base: sub/low.yaml\nmodel: {blocks: 0}", "--run.seed", "x")
+    assert sorted(line.split(": ")[:2] for line in str(caught.value).split("\n")) == [
+        ["c.yaml", "model.blocks"],
+        ["command line", "run.seed"],
+        ["sub/low.yaml", "optim.lr"],
+        ["sub/low.yaml", "unknown setting train.epohcs; did you mean train.epochs?"],
+    ]
+    with pytest.raises(UserError, match=r"^sub/broken\.yaml:1: not YAML"):
+        read("base: sub/broken.yaml")
+    with pytest.raises(UserError, match=r"^sub/round\.yaml: base: c\.yaml -> sub/round\.yaml -> c\.yaml is a circle.*$"):
+        read("base: sub/round.yaml")
 
 
 @pytest.mark.parametrize("yaml", ["optim: {lr: 1e-3}", "optim: {lr: '0.001'}", "optim: {lr: 1.0e-3}"])
@@ -220,3 +294,32 @@ def test_a_card_is_frozen():
 @pytest.mark.parametrize("blocks", [1, 2, 10])
 def test_the_default_clip_suits_usual_numbers_of_blocks(blocks):
     assert Card.model_validate({"model": {"blocks": blocks}}).model.blocks == blocks
+
+
+@pytest.mark.parametrize(
+    ("name", "blocks"), [("dt", 10), ("backprop", 10), ("ct", 1), ("fm", 1), ("cnn", 1), ("adjoint", 1), ("liquid", 1)]
+)
+def test_a_method_has_as_many_blocks_as_in_the_paper_unless_told_otherwise(name, blocks, read):
+    assert read(f"method: {{name: {name}}}").model.blocks == blocks
+    assert read(None, "--method.name", name).model.blocks == blocks
+    if name in ("dt", "ct", "fm", "backprop"):
+        assert read(f"method: {{name: {name}}}", "--model.blocks", "3").model.blocks == 3
+
+
+def test_a_methods_defaults_hold_however_the_card_is_made():
+    from noprop_dist.config import MethodCard, ModelCard
+
+    for card in (
+        Card(method={"name": "fm"}),
+        Card(method=MethodCard(name="fm")),
+        Card(method=MethodCard(name="fm"), model=ModelCard()),
+    ):
+        assert (card.model.blocks, card.method.label_noise) == (1, 0.0)
+    assert Card(method=MethodCard(name="fm", label_noise=0.3), model=ModelCard(blocks=4)).method.label_noise == 0.3
+    assert Card(method=MethodCard(name="ct")).method.eta == 1
+    assert Card.model_validate(Card(method={"name": "ct", "eta": 0.1}).model_dump()).method.eta == 0.1
+
+
+def test_what_is_placed_on_ranks_are_blocks_or_one_network():
+    assert Card(method={"name": "fm"}, model={"blocks": 4}).units == 4
+    assert Card(method={"name": "backprop"}, model={"blocks": 4}).units == 1

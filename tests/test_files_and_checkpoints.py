@@ -27,6 +27,17 @@ def test_a_written_file_reads_back_and_its_folder_is_made(tmp_path):
     assert tree(tmp_path) == ["new", "new/folder", "new/folder/file"], "nothing else is left behind"
 
 
+def test_tied_weights_are_packed_as_if_they_were_not():
+    first = torch.nn.Linear(3, 3)
+    second = torch.nn.Linear(3, 3)
+    second.weight = first.weight
+    both = torch.nn.ModuleList([first, second])
+    loaded = unpack(pack(both.state_dict()))
+    assert loaded["0.weight"].equal(first.weight) and loaded["1.weight"].equal(first.weight)
+    apart = {name: tensor.clone() for name, tensor in both.state_dict().items()}
+    assert pack(both.state_dict()) == pack(apart)
+
+
 def test_a_full_disk_leaves_the_old_file_whole_and_no_new_one(tmp_path, monkeypatch):
     path = tmp_path / "file"
     write(path, b"old")

@@ -4,9 +4,10 @@ import pytest
 import torch
 from torch import nn
 
-from noprop_dist.config import OptimCard
+from noprop_dist.config import MethodCard, OptimCard
 from noprop_dist.files import pack, unpack
-from noprop_dist.learner import Learner, inference_state, learning_rate
+from noprop_dist.learner import Learner, inference_state, learning_rate, update
+from noprop_dist.method.schedule import LearnedSchedule
 
 LR = 0.4
 
@@ -65,7 +66,16 @@ def train(learner, steps, scale=1.0):
         x = torch.randn(8, 2, 6, 6, generator=torch.Generator().manual_seed(step))
         if next(learner.module.parameters()).is_contiguous(memory_format=torch.channels_last):
             x = x.to(memory_format=torch.channels_last)
-        learner.update(scale * learner.module(x).square().sum(), step)
+        update(scale * learner.module(x).square().sum(), step, learner)
+
+
+def test_a_learned_schedule_does_not_decay():
+    module = nn.Sequential(nn.Linear(2, 2), LearnedSchedule(MethodCard(name="ct", schedule="learned"), 0.0, 1.0))
+    before = {name: parameter.detach().clone() for name, parameter in module.named_parameters()}
+    learner = Learner(module, OptimCard(lr=0.1, weight_decay=0.5), 1)
+    update(sum(0.0 * parameter.sum() for parameter in module.parameters()), 0, learner)
+    changed = {name for name, parameter in module.named_parameters() if not parameter.equal(before[name])}
+    assert changed == {"0.weight", "0.bias"}
 
 
 OPTIMIZERS = [{"name": "adamw"}, {"name": "adam"}, {"name": "sgd"}, {"name": "sgd", "momentum": 0}]
@@ -164,5 +174,5 @@ def test_each_step_has_the_rate_of_its_schedule():
     learner = Learner(nn.Linear(1, 1, bias=False), OptimCard(name="sgd", momentum=0, weight_decay=0, lr=LR, warmup_steps=4), 9)
     for step in (0, 2, 7, 1):  # by number, not by how many there were
         before = learner.module.weight.item()
-        learner.update(learner.module.weight.sum(), step)
+        update(learner.module.weight.sum(), step, learner)
         assert before - learner.module.weight.item() == pytest.approx(LR * min(1, (step + 1) / 4), rel=1e-5)

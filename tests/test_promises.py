@@ -13,6 +13,7 @@ import torch.distributed as dist
 from noprop_dist import Card, NoPropModel, train
 from noprop_dist.data import open_data
 from noprop_dist.files import pack
+from noprop_dist.launcher import resolve
 from noprop_dist.parallel.feed import message_size
 
 DIGITS, TRAIN, TEST = (1, 8, 8), 1437, 360
@@ -58,6 +59,65 @@ def test_any_number_of_ranks_and_either_feed_end_in_the_same_bytes(small_card, o
         assert last_files(card) == expected, f"{feed} feed on {ranks} ranks"
 
 
+METHODS = {
+    "ct": {"method": {"name": "ct", "overlap": 0.1, "label_noise": 0.2}},
+    "ct-learned": {"method": {"name": "ct", "schedule": "learned", "partition": "equal-mass"}, "inference": {"solver": "rk4"}},
+    "fm": {"method": {"name": "fm", "sigma": 0.1}, "optim": {"name": "adam"}},
+    "fm-learned-embeddings": {"method": {"name": "fm"}, "model": {"embedding": "learned", "embedding_lag": 2}},
+    "dt-learned-embeddings": {"model": {"embedding": "learned", "embedding_lag": 2, "head": "radial"}, "optim": {"ema": 0.5}},
+    "dt-prototypes": {"model": {"embedding": "prototype", "embedding_lag": 2, "head": "mlp"}},
+}
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_ends_in_the_same_bytes_on_any_number_of_ranks_and_over_a_resume(name, small_card, on_ranks):
+    settings = {section: dict(values) for section, values in METHODS[name].items()}
+    settings["model"] = settings.get("model", {}) | {"blocks": 4}
+    if not name.startswith("dt"):
+        settings["inference"] = settings.get("inference", {}) | {"steps": 8}
+    alone = small_card(**settings, train={"steps": 9}, run={"name": "alone"})
+    one = train(alone)
+    for ranks in (2, 4):
+        card = named(alone, f"ranks-{ranks}")
+        summary = run(on_ranks, card, ranks)
+        assert last_files(card) == last_files(alone), f"{ranks} ranks"
+        assert summary["accuracy"] == one.summary["accuracy"]
+        assert summary["bytes"]["gradients"] == 0
+    for steps, ranks in ((5, 4), (7, 2), (9, 1)):  # neither a checkpoint nor a multiple of the lag but the last
+        run(on_ranks, named(alone, "parts", steps=steps), ranks)
+    assert last_files(named(alone, "parts")) == last_files(alone)
+
+
+def test_learned_embeddings_travel_as_values_and_every_byte_is_counted(small_card, on_ranks):
+    card = small_card(model={"blocks": 4, "embedding": "learned", "embedding_dim": 12, "embedding_lag": 2})
+    summary = run(on_ranks, card, 3)
+    steps, evaluations, start, embedding = 6, 3, 2, 10 * 12 * 4  # the last evaluation is on training images
+    assert summary["bytes"]["labels"] == 2 * embedding * (start + steps // 2 + evaluations)
+    fresh = NoPropModel(card, open_data(card.data).info).labels.embedding
+    trained = NoPropModel.from_pretrained(card.run.dir / "run" / "model").labels.embedding
+    assert not trained.isclose(fresh).all(), "they learn"
+
+
+def test_a_block_sees_the_label_space_a_fixed_number_of_steps_old(small_card):
+    """As it was before step lag·(⌊s/lag⌋ − 1)."""
+    from noprop_dist.trainer import Trainer
+
+    own, seen = [], []
+    step = Trainer._step
+
+    def watched(self: Trainer, number: int, *args: Any) -> None:
+        own.append(self.space.embedding.detach().clone())
+        step(self, number, *args)
+        seen.append(self.seen.space.embedding.clone())
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Trainer, "_step", watched)
+        train(small_card(model={"embedding": "learned", "embedding_lag": 3}, train={"steps": 13}))
+    assert not own[0].equal(own[1])
+    for number in range(13):
+        assert seen[number].equal(own[max(0, 3 * (number // 3 - 1))]), number
+
+
 def test_ten_ranks_with_a_block_each(small_card, on_ranks):
     card = small_card(model={"blocks": 10}, train={"steps": 2})
     summary = run(on_ranks, card, 10)
@@ -95,7 +155,8 @@ def test_only_allowed_messages_cross_and_every_byte_is_counted(small_card, on_ra
     """Watches torch.distributed itself, from outside the program's own counter."""
     card = small_card()
     ranks, steps, blocks = 4, 6, 4
-    parameters = {tuple(p.shape) for p in NoPropModel(card, open_data(card.data).info).blocks.parameters()}
+    info = open_data(card.data).info
+    parameters = {tuple(p.shape) for p in NoPropModel(resolve(card, info), info).blocks.parameters()}
 
     def watched(rank: int, init_method: str) -> Any:
         calls: list[tuple[str, int, tuple[int, ...], bool]] = []
@@ -128,14 +189,17 @@ def test_only_allowed_messages_cross_and_every_byte_is_counted(small_card, on_ra
     assert counted["gradients"] == counted["labels"] == 0
     assert sum(size for _, size, *_ in calls) == sum(counted.values())
 
-    evaluations, test_batches = 2, [100, 100, 100, 60]
-    per_pass = sum(message_size(batch, DIGITS) for batch in test_batches)
-    assert counted["batches"] == (ranks - 1) * (steps * message_size(32, DIGITS) + evaluations * per_pass)
+    # twice the test set, at last the training set
+    passes = [[100] * 3 + [60]] * 2 + [[100] * 14 + [37]]
+    evaluated = sum(message_size(batch, DIGITS) for batches in passes for batch in batches)
+    trained = (ranks - 1) * steps * message_size(32, DIGITS)
+    assert counted["batches"] == trained + (ranks - 1) * evaluated
+    assert results[0][0]["bytes_per_step"] == trained / steps
     hops = ranks  # three down the chain, one back to the coordinator
-    assert counted["latents"] == evaluations * hops * TEST * 10 * 4 * 3  # float32, three paths
+    assert counted["latents"] == hops * (2 * TEST + TRAIN) * 10 * 4 * 3  # float32, three paths
     others = blocks - 1
     logs, checkpoints = 3, 2
-    scalars = logs * 3 * 8 * others + evaluations * 8 * others + checkpoints * 32 * others
+    scalars = logs * 3 * 8 * others + len(passes) * 8 * others + checkpoints * 32 * others
     assert counted["scalars"] == scalars + (ranks - 1) * 8 * (3 + 6)
 
     # each block of other ranks travels once, after the last step, with its length
@@ -184,6 +248,25 @@ def test_the_gathered_model_repeats_the_relay_exactly(small_card, on_ranks):
     scores = NoPropModel.from_pretrained(folder).evaluate(open_data(card.data).test)
     assert {path: getattr(scores, path) for path in ("mean", "stochastic", "average")} == summary["accuracy"]
     assert list(scores.blocks) == [block["accuracy"] for block in summary["blocks"]]
+
+
+def test_learned_embeddings_find_their_way_between_publications_where_ranks_share_no_disk(small_card, on_ranks, tmp_path):
+    settings = {
+        "model": {"blocks": 4, "embedding": "learned", "embedding_lag": 4},
+        "train": {"steps": 9, "checkpoint_every": 0},
+    }
+    expected = small_card(**settings, run={"name": "expected"})
+    whole = train(expected).summary
+    for steps in (3, 6, 9, 9):  # the last start finds a finished run
+
+        def apart(rank: int, init_method: str, steps: int = steps) -> Any:
+            card = named(expected, "apart", steps=steps)
+            place = {"run": card.run.model_copy(update={"dir": tmp_path / f"disk-{min(rank, 1)}"})}
+            return train(card.model_copy(update=place), init_method).summary
+
+        accuracy = run(on_ranks, expected, 3, apart)["accuracy"]
+    assert block_files(tmp_path / "disk-0/apart/checkpoints/step-00000009") == last_files(expected)
+    assert accuracy == whole["accuracy"]
 
 
 def test_ranks_that_share_no_disk_save_and_resume_through_the_coordinator(small_card, on_ranks, tmp_path):

@@ -10,6 +10,9 @@ import numpy as np
 import pytest
 
 from noprop_dist import UserError, train
+from noprop_dist.data import open_data
+from noprop_dist.data.memory import MemorySplit
+from noprop_dist.evaluate import load
 from noprop_dist.report.console import set_up_logging, size
 from noprop_dist.runs import claim_folder
 from noprop_dist.trainer import Trainer
@@ -135,6 +138,60 @@ def test_a_cut_off_run_with_a_falling_learning_rate_goes_on_exactly(small_card, 
         assert path.read_bytes() == (cut_off / path.name).read_bytes(), path.name
 
 
+def test_the_curve_and_the_seconds_go_on_over_a_resume_and_drop_what_was_beyond_the_checkpoint(small_card, monkeypatch):
+    """Cut off after the evaluation of step 5, resumed from the checkpoint of step 3."""
+    settings = {"steps": 6, "eval_every": 1, "checkpoint_every": 3}
+    whole = train(small_card(train=settings, run={"name": "whole"})).summary
+    step, history = Trainer._step, small_card().run.dir / "run/history.json"
+
+    def cut(self, number, *args):
+        if number == 5:
+            raise InterruptedError
+        step(self, number, *args)
+
+    with monkeypatch.context() as patch, pytest.raises(InterruptedError):
+        patch.setattr(Trainer, "_step", cut)
+        train(small_card(train=settings))
+    before = json.loads(history.read_text())
+    assert [point["step"] for point in before] == [1, 2, 3, 4, 5]
+    before[2]["seconds"] += 1000  # as if the first three steps had been long
+    history.write_text(json.dumps([*before, before[4] | {"step": 7}]))
+    summary = train(small_card(train=settings)).summary
+    curve = summary["curve"]
+    assert [point["step"] for point in curve] == [1, 2, 3, 4, 5, 6]
+    assert curve[:3] == before[:3] and curve[3] != before[3]
+    accuracies = ("step", "epoch", "mean", "stochastic", "average")
+    assert [[point[name] for name in accuracies] for point in curve] == [
+        [point[name] for name in accuracies] for point in whole["curve"]
+    ]
+    assert curve[-1]["epoch"] == 6 * 32 / 1437 and curve[-1]["mean"] == summary["accuracy"]["mean"]
+    seconds = [point["seconds"] for point in curve]
+    assert seconds[2:] == sorted(seconds[2:]) and summary["seconds"] >= seconds[-1] > 1000
+    assert 0 < whole["seconds"] < 1000
+
+
+def test_a_run_that_branches_off_brings_its_past(small_card):
+    train(small_card())
+    fork = small_card(run={"name": "fork"}, train={"resume": str(checkpoints(small_card())[0]), "steps": 8, "eval_every": 4})
+    assert [point["step"] for point in train(fork).summary["curve"]] == [3, 4, 8]
+
+
+def test_the_training_accuracy_is_that_of_the_first_training_images_as_they_are(small_card, monkeypatch):
+    monkeypatch.setattr("noprop_dist.parallel.feed.SAMPLE", 250)
+    card = small_card(inference={"path": "average"})
+    result = train(card)
+    data = open_data(card.data)
+    images, labels = data.train.load()
+    assert result.summary["train_accuracy"] == result.model.evaluate(MemorySplit(images[:250], labels[:250])).average
+
+
+def test_parameters_are_those_of_a_block_and_of_all_with_the_label_space(small_card):
+    result = train(small_card(model={"embedding": "learned", "embedding_dim": 7}))
+    block, total = result.summary["parameters"]["block"], result.summary["parameters"]["total"]
+    assert block == sum(parameter.numel() for parameter in result.model.blocks[3].parameters())
+    assert total == 4 * block + 10 * 7 + (7 + 1) * 10, "W and the head"
+
+
 def test_a_folder_for_runs_that_cannot_be_made_is_named(tmp_path):
     (tmp_path / "link").symlink_to(tmp_path / "gone" / "disk")
     with pytest.raises(UserError, match="link: cannot create a folder there"):
@@ -173,3 +230,29 @@ def test_other_ranks_only_warn_and_say_who_they_are(capsys):
 @pytest.mark.parametrize(("count", "text"), [(0, "0 B"), (999, "999 B"), (1000, "1.0 kB"), (1.5e9, "1.5 GB"), (2e12, "2.0 TB")])
 def test_bytes_are_written_for_a_reader(count, text):
     assert size(count) == text
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"method": {"name": "ct", "schedule": "learned"}, "model": {"blocks": 1}, "inference": {"steps": 6}},
+        {"method": {"name": "ct", "schedule": "learned"}, "model": {"blocks": 3}, "inference": {"steps": 6, "solver": "heun"}},
+        {"method": {"name": "fm"}, "model": {"blocks": 2, "embedding": "learned"}, "inference": {"steps": 6}},
+        {"model": {"blocks": 2, "embedding": "prototype", "embedding_lag": 2, "head": "mlp"}},
+    ],
+)
+def test_checkpoint_and_model_of_every_method_repeat_the_runs_accuracy(settings, small_card):
+    card = small_card(**settings, optim={"ema": 0.5})
+    summary = train(card).summary
+    for folder in (card.run.dir / "run", card.run.dir / "run/model", card.run.dir / "run/checkpoints/step-00000006"):
+        scores = load(folder).evaluate(open_data(card.data).test)
+        assert {path: getattr(scores, path) for path in ("mean", "stochastic", "average")} == summary["accuracy"], folder
+
+
+def test_prototypes_of_a_class_without_images_are_refused_before_anything_is_written(small_card, tmp_path):
+    images, labels = np.zeros((40, 8, 8), np.uint8), np.arange(40) % 2 * 2
+    np.savez(tmp_path / "two-of-three.npz", x_train=images, y_train=labels, x_test=images, y_test=labels)
+    card = small_card(data={"name": "npz", "root": str(tmp_path / "two-of-three.npz")}, model={"embedding": "prototype"})
+    with pytest.raises(UserError, match=r"^model.embedding: prototype needs images of each class, 1 has none"):
+        train(card)
+    assert not card.run.dir.exists()

@@ -15,13 +15,15 @@ from PIL import Image
 from sklearn.datasets import load_digits
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from noprop_dist import NoPropModel
+from noprop_dist import Card, NoPropModel
 from noprop_dist.cards import load_card
 from noprop_dist.data import open_data
+from noprop_dist.launcher import dry_run
 
 PYTHON = [sys.executable, "-m"]
 TORCHRUN = [*PYTHON, "torch.distributed.run"]
-CONFIGS = sorted(Path(__file__).parent.parent.joinpath("configs").glob("*.yaml"))
+CONFIGS = Path(__file__).parent.parent / "configs"
+CARDS = sorted(CONFIGS.glob("[!b]*/*.yaml"))  # not base/, whose cards are parts
 SMALL = ["--data.batch_size", "64", "--model.blocks", "4", "--train.steps", "8", "--train.log_every", "4"]
 
 
@@ -55,10 +57,22 @@ def test_a_run_leaves_everything_it_promises(trained):
     assert summary["bytes"]["gradients"] == 0 < summary["bytes"]["weights"]
     assert 0 <= summary["test_accuracy"] <= 1 and 0 < summary["busy_share"] <= 1
     assert summary["samples_per_second"] > 0 and summary["peak_memory_bytes"] > 0
-    for part in ("card.yaml", "model/model.safetensors", "model/config.json"):
+    assert 0 <= summary["train_accuracy"] <= 1 and summary["seconds"] > 0
+    assert [set(point) for point in summary["curve"]] == [{"step", "epoch", "seconds", "mean", "stochastic", "average"}]
+    assert summary["bytes_per_step"] == 8 + 64 * (4 + 8 * 8)
+    for part in ("card.yaml", "history.json", "model/model.safetensors", "model/config.json"):
         assert (folder / part).is_file()
     assert load_card(folder / "card.yaml").model.backbone == "small-cnn"
-    for word in ("samples/s", "peak memory", "busy", "accuracy of its û", "gradients", "checkpoint", "tensorboard"):
+    for word in (
+        "samples/s",
+        "peak memory",
+        "busy",
+        "accuracy of its û",
+        "gradients",
+        "checkpoint",
+        "training images",
+        " in all",
+    ):
         assert word in result.stdout
     assert f"{summary['test_accuracy']:.2%}" in result.stdout
 
@@ -122,22 +136,56 @@ def test_two_nodes_that_share_no_disk_end_in_the_same_bytes(trained, tmp_path):
     assert files(tmp_path / f"node-{written[0]}/runs/two") == files(trained[0])
 
 
-@pytest.mark.parametrize("card", CONFIGS, ids=lambda path: path.stem)
-def test_every_shipped_card_loads_and_dry_runs(card, tmp_path, capsys):
-    from noprop_dist.launcher import dry_run
+@pytest.mark.parametrize("card", CARDS, ids=lambda path: f"{path.parent.name}-{path.stem}")
+def test_every_shipped_card_loads_and_dry_runs_as_its_header_says(card, capsys):
+    loaded, header = load_card(card), card.read_text().split("base:")[0]
+    assert loaded.data.name.startswith(card.parent.name)
+    assert loaded.method.name == card.stem.split("-")[0]
+    (command,) = re.findall(r"^#   (.* -m noprop_dist\.train .*)$", header, re.MULTILINE)
+    assert command.endswith(f" configs/{card.parent.name}/{card.name}")
+    ranks = int((re.findall(r"nproc_per_node=(\d)", command) or [1])[0])
+    dry_run(loaded, ranks)
+    assert "placement" in capsys.readouterr().out
 
-    loaded = load_card(card)
-    dry_run(loaded, 4)
+
+def test_a_card_for_every_row_of_the_papers_table_with_its_hyperparameters():
+    rows = {f"{method}-{kind}" for method in ("backprop", "dt", "ct", "fm") for kind in ("one-hot", "dim20", "prototype")}
+    epochs = {"mnist": (100, 100), "fashion": (100, 100), "cifar10": (150, 500), "cifar100": (150, 1000)}
+    for data, (short, long) in epochs.items():
+        for row in [*rows, "adjoint"]:
+            card = load_card(CONFIGS / data / f"{row}.yaml")
+            deep = card.method.name in ("dt", "backprop")
+            assert (card.train.epochs, card.model.blocks) == ((short, 10) if deep else (long, 1)), (data, row)
+            assert card.optim.name == ("adamw" if deep else "adam")
+            assert (card.data.batch_size, card.data.augment, card.optim.lr, card.optim.weight_decay) == (
+                128,
+                "none",
+                1e-3,
+                1e-3,
+            )
+            assert card.model.backbone == "paper-cnn"
+            kind = {"dim20": "learned", "prototype": "prototype"}.get(row.split("-")[-1], "one-hot")
+            assert (card.model.embedding, card.model.embedding_dim) == (kind, 20)
+    assert load_card(CONFIGS / "mnist/dt-one-hot.yaml").method.eta == 0.1
+    assert load_card(CONFIGS / "mnist/ct-one-hot.yaml").method.eta == 1
+
+
+def test_the_digits_card_is_what_a_run_without_a_card_does():
+    assert load_card(CONFIGS / "digits/dt.yaml") == Card()
+
+
+def test_a_dry_run_counts_learned_embeddings_that_travel(capsys):
+    settings = {"model": {"embedding": "learned", "embedding_dim": 25, "embedding_lag": 10}, "parallel": {"feed": "resident"}}
+    dry_run(Card.model_validate(settings), 2)
     printed = capsys.readouterr().out
-    assert "placement" in printed and "0-1" in printed and "7-9" in printed
-    run_name = card.stem.split("-")[0]
-    assert loaded.data.name.startswith(run_name)
+    assert "label space: 1.0 kB to every other rank each 10 steps" in printed
+    assert "100 B" in printed, "a tenth of 10 x 25 float32 each step"
 
 
 def test_dry_run_starts_and_writes_nothing(tmp_path):
-    command = [*PYTHON, "noprop_dist.train", str(CONFIGS[0]), "--dry-run", "--ranks", "3"]
+    command = [*PYTHON, "noprop_dist.train", str(CONFIGS / "cifar10/dt-one-hot.yaml"), "--dry-run", "--ranks", "3"]
     printed = run(*command, cwd=tmp_path).stdout
-    assert "1,215,434 parameters" in printed
+    assert "1,215,434 parameters" in printed and "3-5" in printed and "6-9" in printed
     assert not list(tmp_path.iterdir())
 
 
@@ -233,8 +281,8 @@ def test_debug_logs_shapes_and_gradient_norms_and_overfits(tmp_path):
 
 @pytest.mark.skipif("NOPROP_DATA" not in os.environ, reason="NOPROP_DATA is unset: no MNIST here")
 def test_mnist_learns_within_a_few_steps(tmp_path):
-    card = [str(path) for path in CONFIGS if path.stem == "mnist-dt"]
-    command = [*TORCHRUN, "--nproc_per_node=2", "-m", "noprop_dist.train", *card, "--model.blocks", "2"]
+    card = str(CONFIGS / "mnist/dt-one-hot.yaml")
+    command = [*TORCHRUN, "--nproc_per_node=2", "-m", "noprop_dist.train", card, "--model.blocks", "2"]
     run(*command, "--train.steps", "60", "--train.precision", "bf16", "--run.name", "mnist", cwd=tmp_path)
     summary = json.loads((tmp_path / "runs/mnist/summary.json").read_text())
     assert summary["test_accuracy"] > 0.9

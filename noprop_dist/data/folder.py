@@ -21,6 +21,7 @@ class FolderSplit:
 
     def __init__(self, folder: ImageFolder, size: int, workers: int) -> None:
         self._pictures, self._size, self._workers = _Pictures(folder), size, workers
+        self.labels = torch.tensor(folder.targets)
 
     def __len__(self) -> int:
         return len(self._pictures)

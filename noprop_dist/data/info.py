@@ -42,6 +42,11 @@ class Split(Protocol):
 
     def __len__(self) -> int: ...
 
+    @property
+    def labels(self) -> Tensor:
+        """All labels, int64 (N,). Not to be written to."""
+        ...
+
     def batches(self, indices: Iterable[Tensor]) -> Iterable[tuple[Tensor, Tensor]]:
         """For each int64 (B,) index tensor, in order: images uint8 (B, C, H, W) and labels int64 (B,).
 

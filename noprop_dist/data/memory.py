@@ -28,6 +28,10 @@ class MemorySplit:
     def __len__(self) -> int:
         return len(self._images)
 
+    @property
+    def labels(self) -> Tensor:
+        return self._labels
+
     def batches(self, indices: Iterable[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
         for rows in indices:
             yield self._images[rows], self._labels[rows]

@@ -1,34 +1,26 @@
-"""NoProp-DT: discrete time, one block a step (eqs 3-8, algorithm 1).
-
-Blocks are numbered t = 1…T as in the paper; block t maps (z_{t-1}, x) to û_t, its estimate of the label's embedding u_y.
-
-At inference several chains run side by side as *paths*, a float (1 + S + 1, B, d) tensor:
-row 0 is the mean path (z_0 = 0, no noise), rows 1…S are stochastic chains (the paper's), and the last row gathers
-the mean of all û along the stochastic chains.
-"""
+"""NoProp-DT: discrete time, one block a step (eqs 3-8, algorithm 1). Block t maps (z_{t-1}, x) to û_t, its estimate of u_y."""
 
 from __future__ import annotations
-
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from noprop_dist.config import MethodCard
-from noprop_dist.method import schedule
+from noprop_dist.method.base import Denoise, Denoising, Draw, Gamma, HeadLoss, Noise, gaussian_prior_loss
+from noprop_dist.method.schedule import Schedule, posterior, snr
 
 
-class Discrete:
-    """The mathematics of NoProp-DT for T blocks. Pure: holds the schedule, draws nothing by itself."""
+class Discrete(Denoising):
+    """NoProp-DT for T blocks: see :class:`~noprop_dist.method.base.Method`."""
 
     def __init__(self, card: MethodCard, blocks: int) -> None:
         self.blocks = blocks
-        self.alpha_bar = schedule.cosine(blocks, card.alpha_min, card.alpha_max)
+        self.alpha_bar = Schedule(card).levels(blocks)
         self._signal: list[float] = self.alpha_bar.sqrt().tolist()
         self._noise: list[float] = (1 - self.alpha_bar).sqrt().tolist()
-        a, b, c = schedule.posterior(self.alpha_bar)
+        a, b, c = posterior(self.alpha_bar)
         self._a, self._b, self._sigma = a.tolist(), b.tolist(), c.sqrt().tolist()
-        rise = schedule.snr(self.alpha_bar).diff()
+        rise = snr(self.alpha_bar).diff()
         self._weight: list[float] = (
             blocks / 2 * card.eta * rise if card.loss_weight == "snr" else torch.ones_like(rise)
         ).tolist()
@@ -37,38 +29,34 @@ class Discrete:
         """z_t ~ q(z_t|y) = N(√ᾱ_t·u, (1−ᾱ_t)I) for embeddings u and standard normal noise, both (B, d)."""
         return self._signal[t] * u + self._noise[t] * noise
 
-    def training_input(self, t: int, u: Tensor) -> Tensor:
-        """What block t reads while training: z_{t-1} ~ q(z_{t-1}|y), drawn from torch's global generator; (B, d)."""
-        return self.noised(t - 1, u, torch.randn_like(u))
+    def draw(self, index: int, u: Tensor, seen: Tensor, gamma: Gamma | None = None) -> Draw:
+        """Block t = index + 1 reads z_{t-1}; its term of eq 8 is (T/2)·η·(SNR(t)−SNR(t−1))·‖û−u‖²."""
+        return Draw(self.noised(index, seen, torch.randn_like(seen)), None, u, self._weight[index])
 
-    def final_latent(self, u: Tensor) -> Tensor:
-        """What the head reads while training: z_T ~ q(z_T|y), drawn from torch's global generator; (B, d)."""
+    def extra_loss(
+        self, output: Tensor, draw: Draw, u: Tensor, head_loss: HeadLoss, gamma: Gamma | None = None
+    ) -> Tensor | float:
+        """Nothing: cross-entropy and KL of eq 8 do not touch a block."""
+        return 0.0
+
+    def final_latent(self, u: Tensor, gamma: Gamma | None = None) -> Tensor:
+        """z_T ~ q(z_T|y)."""
         return self.noised(self.blocks, u, torch.randn_like(u))
 
-    def loss(self, t: int, estimate: Tensor, u: Tensor) -> Tensor:
-        """Block t's term of eq 8, (T/2)·η·(SNR(t)−SNR(t−1))·‖û−u‖², averaged over the batch; scalar."""
-        return self._weight[t - 1] * (estimate.float() - u).square().sum(dim=1).mean()
-
-    def start(self, noise: Tensor) -> Tensor:
-        """Paths at t = 0 from standard normal noise (S, B, d)."""
-        zero = torch.zeros_like(noise[:1])
-        return torch.cat([zero, noise, zero])
+    def prior_loss(self, u: Tensor, gamma: Gamma | None = None) -> Tensor:
+        """KL(q(z_0|y) ‖ N(0, I))."""
+        return gaussian_prior_loss(u, self.alpha_bar[0])
 
     def advance(
-        self, t: int, denoise: Callable[[Tensor], Tensor], paths: Tensor, noise: Tensor, last: int
+        self, index: int, denoise: Denoise, paths: Tensor, noise: Noise, last: int, gamma: Gamma | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Step t of every path: z_t = a_t·û + b_t·z_{t-1} + √c_t·ε.
-
-        ``denoise`` maps (1 + S, B, d) latents to estimates of the same shape; noise is (S, B, d). ``last`` is the last block
-        used: at an early exit (last < T) its û itself becomes the result, being what the head expects to read.
-        Returns the new paths and û on the mean path (B, d).
-        """
-        z = paths[:-1]
-        estimate = denoise(z).float()
+        """Step t of every path: z_t = a_t·û + b_t·z_{t-1} + √c_t·ε (no ε on the mean path)."""
+        t, z = index + 1, paths[:-1]
+        estimate = denoise(z, None).float()
         if t == last < self.blocks:
             z = estimate
         else:
             z = self._a[t] * estimate + self._b[t] * z
-            z[1:] += self._sigma[t] * noise
+            z[1:] += self._sigma[t] * noise(t)
         average = paths[-1:] + estimate[1:].mean(dim=0, keepdim=True) / last
         return torch.cat([z, average]), estimate[0]

@@ -1,64 +1,88 @@
-"""A denoising block (figure 5): ``encode`` looks at the image, ``denoise`` at z; they meet only in ``denoise``."""
+"""A denoising block (figure 5): ``encode`` looks at the image, ``denoise`` at z (and time); they meet only there."""
 
 from __future__ import annotations
 
+import math
 from typing import cast
 
 import torch
 from torch import Tensor, nn
 
-from noprop_dist.config import ModelCard, UserError
-from noprop_dist.nets.backbones import BACKBONES
+from noprop_dist.config import Card
+from noprop_dist.method.schedule import LearnedSchedule
+from noprop_dist.nets.backbones import image_path
+from noprop_dist.nets.labels import embedding_size
 
-
-def _linear(inputs: int, outputs: int, *, relu: bool = True) -> list[nn.Module]:
-    return [nn.Linear(inputs, outputs), nn.BatchNorm1d(outputs), *([nn.ReLU()] if relu else [])]
+TIME_FEATURES = 64
 
 
 class Block(nn.Module):
-    """One denoising block: image path, label path with a residual, and the layers that fuse them.
+    """One denoising block: image path, label path (with a residual in DT's), and the layers that fuse them.
 
     Args:
-        backbone: image path, (B, C, H, W) to (B, width).
-        width: features of the image path and of the label path.
-        dim: d, size of z and of an embedding.
+        card: the whole card: backbone, embedding, and the method, which decides three things. Blocks of DT have batch norm
+            and no time (figure 5); those of CT and FM have time and no batch norm; FM's last layer weights the rows of W
+            without a softmax, since a velocity is no mixture of embeddings.
+        shape: (C, H, W) of the images.
         classes: m.
+        interval: of time, which a learned schedule covers.
     """
 
-    def __init__(self, backbone: nn.Module, width: int, dim: int, classes: int) -> None:
+    gamma: LearnedSchedule | None
+    """CT: the block's own learned schedule."""
+
+    def __init__(
+        self, card: Card, shape: tuple[int, int, int], classes: int, interval: tuple[float, float] = (0.0, 1.0)
+    ) -> None:
         super().__init__()
-        self.image = backbone
-        self.label = nn.Sequential(*_linear(dim, width))
-        self.residual = nn.Sequential(*_linear(width, width), *_linear(width, width, relu=False))
-        self.fuse = nn.Sequential(*_linear(2 * width, width), *_linear(width, width // 2), nn.Linear(width // 2, classes))
+        model = card.model
+        self._timed, self._mixes = card.method.name in ("ct", "fm", "adjoint"), card.method.name not in ("fm", "adjoint")
+        backbone, features, width = image_path(model.backbone, shape, model.dropout)
+        self.image = nn.Sequential(backbone, *self._linear(features, width, relu=False))
+        size = embedding_size(model, shape, classes)
+        if model.embedding != "one-hot" and size == math.prod(shape):  # z is an image
+            path, features, _ = image_path(model.backbone, shape, model.dropout)
+            self.label = nn.Sequential(nn.Unflatten(1, shape), path, *self._linear(features, width))
+        else:
+            self.label = nn.Sequential(*self._linear(size, width))
+        if self._timed:
+            self.time = nn.Sequential(nn.Linear(TIME_FEATURES, width), nn.ReLU())
+        else:
+            self.residual = nn.Sequential(*self._linear(width, width), *self._linear(width, width, relu=False))
+        paths = 3 if self._timed else 2
+        self.fuse = nn.Sequential(
+            *self._linear(paths * width, width), *self._linear(width, width // 2), nn.Linear(width // 2, classes)
+        )
+        self.gamma = LearnedSchedule(card.method, *interval) if card.method.schedule == "learned" else None
 
     def encode(self, x: Tensor) -> Tensor:
         """Features (B, width) of images (B, C, H, W); does not see z."""
         return cast(Tensor, self.image(x))
 
-    def denoise(self, z: Tensor, features: Tensor, embedding: Tensor) -> Tensor:
-        """û = softmax(logits)·W, (B, d), from z (B, d), features (B, width) and W = embedding (m, d)."""
+    def denoise(self, z: Tensor, features: Tensor, embedding: Tensor, time: Tensor | None = None) -> Tensor:
+        """û = softmax(logits)·W (FM: the velocity logits·W), float32 (B, d).
+
+        From z (B, d), features (B, width), W = embedding (m, d) and, for CT and FM, time (B,) in [0, 1].
+        """
         label = self.label(z)
-        logits = self.fuse(torch.cat([features, label + self.residual(label)], dim=1))
-        with torch.autocast(logits.device.type, enabled=False):  # û stays in fp32
-            return cast(Tensor, logits.float().softmax(dim=1) @ embedding)
+        if self._timed:
+            assert time is not None
+            paths = [features, label, self.time(positional(time))]
+        else:
+            paths = [features, label + self.residual(label)]
+        logits = self.fuse(torch.cat(paths, dim=1))
+        with torch.autocast(logits.device.type, enabled=False):
+            weights = logits.float()
+            return cast(Tensor, (weights.softmax(dim=1) if self._mixes else weights) @ embedding)
+
+    def _linear(self, inputs: int, outputs: int, *, relu: bool = True) -> list[nn.Module]:
+        norm = [] if self._timed else [nn.BatchNorm1d(outputs)]
+        return [nn.Linear(inputs, outputs), *norm, *([nn.ReLU()] if relu else [])]
 
 
-def resolve_backbone(card: ModelCard, shape: tuple[int, int, int]) -> str:
-    """The backbone's name, "auto" resolved. Raises UserError where the images (C, H, W) are too small for it."""
-    side = min(shape[1:])
-    name = card.backbone
-    if name == "auto":
-        name = "paper-cnn" if side >= BACKBONES["paper-cnn"].smallest else "small-cnn"
-    if side < BACKBONES[name].smallest:
-        raise UserError(
-            f"model.backbone: {name} needs images of at least {BACKBONES[name].smallest} pixels a side, "
-            f"these have {side}; use small-cnn"
-        )
-    return name
-
-
-def build_block(card: ModelCard, shape: tuple[int, int, int], dim: int, classes: int) -> Block:
-    """A block for images (C, H, W), with fresh weights from torch's global generator."""
-    backbone = BACKBONES[resolve_backbone(card, shape)]
-    return Block(backbone(shape, card.dropout), backbone.width, dim, classes)
+def positional(time: Tensor) -> Tensor:
+    """The positional embedding of times (B,) in [0, 1], counted in thousandths: sines and cosines, (B, 64)."""
+    half = TIME_FEATURES // 2
+    frequencies = torch.exp(torch.arange(half, device=time.device) * (-math.log(10_000) / half))
+    angles = 1000 * time[:, None] * frequencies
+    return torch.cat([angles.sin(), angles.cos()], dim=1)

@@ -19,6 +19,7 @@ from noprop_dist.parallel.world import World
 
 HEADER = 8  # bytes
 CHUNK = 64 << 20  # bytes of a resident data set per message
+SAMPLE = 10_000  # training images on which the finished chain's accuracy is measured
 
 
 class Batch(NamedTuple):
@@ -51,8 +52,8 @@ def unpack(message: Tensor, shape: tuple[int, int, int]) -> tuple[int | None, Ba
 class Feed:
     """Batches for all ranks of a run, in the same order on each.
 
-    ``train(start, stop)`` yields the batches of those steps, ``test()`` the test set's. What step s holds is a pure function of
-    (seed, s), so any step can come next. Data are there on the coordinator only.
+    ``train(start, stop)`` yields the batches of those steps, ``test()`` the test set's, ``sample()`` the first training images.
+    What step s holds is a pure function of (seed, s), so any step can come next. Data are there on the coordinator only.
     """
 
     def __init__(self, card: Card, info: DataInfo, world: World, data: DataSet | None) -> None:
@@ -68,6 +69,11 @@ class Feed:
                 "train": self._broadcast_all("train", info.train_size),
                 "test": self._broadcast_all("test", info.test_size),
             }
+
+    @property
+    def training_set(self) -> Split | None:
+        """On the coordinator."""
+        return self._splits["train"]
 
     def train(self, start: int, stop: int) -> Iterator[Batch]:
         """The batches of steps start…stop−1."""
@@ -86,12 +92,19 @@ class Feed:
 
     def test(self) -> Iterator[Batch]:
         """The whole test set in batches of ``inference.batch_size``, the last one shorter."""
-        size, batch_size = self._info.test_size, self._card.inference.batch_size
+        return self._in_order("test", self._info.test_size)
+
+    def sample(self) -> Iterator[Batch]:
+        """The first training images, SAMPLE at most, in batches as :meth:`test` has them."""
+        return self._in_order("train", min(SAMPLE, self._info.train_size))
+
+    def _in_order(self, name: str, size: int) -> Iterator[Batch]:
+        batch_size = self._card.inference.batch_size
 
         def indices(batch: int) -> Tensor:
             return test_indices(batch, size=size, batch_size=batch_size)
 
-        return self._batches("test", indices, range(-(-size // batch_size)))
+        return self._batches(name, indices, range(-(-size // batch_size)))
 
     def _batches(self, name: str, indices: Callable[[int], Tensor], steps: range) -> Iterator[Batch]:
         if self._resident:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from noprop_dist.chain import Scores, Segment, Tally, read_out
+from noprop_dist.config import Card
 from noprop_dist.nets.labels import LabelSpace
 from noprop_dist.parallel.feed import Batch
 from noprop_dist.parallel.placement import COORDINATOR, Placement
@@ -17,8 +18,10 @@ from noprop_dist.parallel.traffic import Pending
 from noprop_dist.parallel.world import World
 
 
-def relay(world: World, placement: Placement, segment: Segment, labels: LabelSpace, test: Iterable[Batch]) -> Scores | None:
-    """Score the chain on a test set. Every rank calls it with its own segment; the coordinator gets the scores.
+def relay(
+    card: Card, world: World, placement: Placement, segment: Segment, labels: LabelSpace, batches: Iterable[Batch]
+) -> Scores | None:
+    """Score the chain on images in order. Every rank calls it with its own segment; the coordinator gets the scores.
 
     A batch goes down the ranks and its finished paths come back to the coordinator; later batches follow close behind.
     """
@@ -29,9 +32,9 @@ def relay(world: World, placement: Placement, segment: Segment, labels: LabelSpa
 
     def finish() -> None:
         paths, target = returning.popleft()
-        tally.chain(read_out(labels, paths.wait().to(world.device)), target)
+        tally.chain(read_out(card, labels, paths.wait().to(world.device)), target)
 
-    for number, batch in enumerate(test):
+    for number, batch in enumerate(batches):
         features = segment.encode(batch.images)
         if rank == COORDINATOR:
             paths = segment.start(len(batch.labels), number)

@@ -18,8 +18,8 @@ from torch import Tensor
 
 KINDS = ("batches", "labels", "scalars", "latents", "weights", "gradients")
 """What is counted. Nothing ever sends "gradients"; its count is there to be seen at 0."""
-CARRIED = ("batches", "scalars", "latents", "weights")
-"""Kinds that have a wire. Label values get theirs with learned embeddings."""
+CARRIED = ("batches", "labels", "scalars", "latents", "weights")
+"""Kinds that have a wire."""
 
 
 class PeerError(RuntimeError):

@@ -55,32 +55,38 @@ class Bar:
 def print_summary(summary: Mapping[str, Any]) -> None:
     """The end table of a run, from what summary.json holds."""
     console = Console()
-    ranks = _table("ranks", "rank", "blocks", "samples/s", "peak memory", "busy")
+    ranks = make_table("ranks", "rank", "blocks", "samples/s", "peak memory", "busy")
     for row in summary["per_rank"]:
         owned = row["blocks"]
         name = f"{owned[0]}-{owned[-1]}" if len(owned) > 1 else str(owned[0])
         speed, share = f"{row['samples_per_second']:,.0f}", f"{row['busy_share']:.0%}"
         ranks.add_row(str(row["rank"]), name, speed, size(row["peak_memory_bytes"]), share)
-    blocks = _table("blocks", "block", "rank", "loss", "accuracy of its û")
+    blocks = make_table("blocks", "block", "rank", "loss", "accuracy of its û")
     for row in summary["blocks"]:
         blocks.add_row(str(row["index"]), str(row["rank"]), _number(row["loss"], ".4g"), _number(row["accuracy"], ".2%"))
-    chain = _table("chain, test accuracy", "path", "accuracy")
+    chain = make_table("chain", "path", "accuracy")
     for path, accuracy in summary["accuracy"].items():
         chosen = " ◂ test_accuracy" if path == summary["path"] else ""
         chain.add_row(path, f"{accuracy:.2%}{chosen}")
-    traffic = _table("bytes across ranks", "kind", "bytes")
+    chain.add_row(f"{summary['path']}, training images", f"{summary['train_accuracy']:.2%}")
+    traffic = make_table("bytes across ranks", "kind", "bytes")
     for kind, count in summary["bytes"].items():
         traffic.add_row(kind, f"{count:,}")
     for table in (ranks, blocks, chain, traffic):
         console.print(table)
-    for what, where in summary["files"].items():
-        console.print(f"{what:<12} {where}", highlight=False, soft_wrap=True)
+    parameters = summary["parameters"]
+    sizes = {
+        "parameters": f"{parameters['block']:,} a block, {parameters['total']:,} in all",
+        "training": f"{summary['seconds']:,.1f} s, without evaluation and saving",
+    }
+    for what, line in (sizes | summary["files"]).items():
+        console.print(f"{what:<12} {line}", highlight=False, soft_wrap=True)
 
 
 def print_placement(rows: Sequence[Mapping[str, Any]], notes: Sequence[str]) -> None:
     """A dry run: who would own what, and what it would cost."""
     console = Console()
-    table = _table("placement", "rank", "blocks", "parameters", "memory", "sent per step", "received per step")
+    table = make_table("placement", "rank", "blocks", "parameters", "memory", "sent per step", "received per step")
     for row in rows:
         table.add_row(
             str(row["rank"]),
@@ -110,7 +116,8 @@ def _number(value: float | None, form: str) -> str:
     return "-" if value is None else format(value, form)
 
 
-def _table(title: str, *columns: str) -> Table:
+def make_table(title: str, *columns: str) -> Table:
+    """An empty table; all columns but the first are for figures."""
     table = Table(title=title, title_justify="left", header_style="bold")
     for number, column in enumerate(columns):
         table.add_column(column, justify="left" if number == 0 else "right")

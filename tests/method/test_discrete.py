@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from noprop_dist.config import MethodCard
+from noprop_dist.method.base import squared_loss, start
 from noprop_dist.method.discrete import Discrete
 
 LOW, HIGH, ETA = 1e-3, 0.99, 0.1
@@ -17,6 +18,18 @@ def level(t, blocks):
 
 def method(blocks, **settings):
     return Discrete(MethodCard(alpha_min=LOW, alpha_max=HIGH, eta=ETA, **settings), blocks)
+
+
+def drawn(discrete, index, u):
+    return discrete.draw(index, u, u)
+
+
+def loss(discrete, index, estimate, u):
+    return squared_loss(estimate, drawn(discrete, index, u))
+
+
+def advance(discrete, t, denoise, paths, noise, last):
+    return discrete.advance(t - 1, lambda z, time: denoise(z), paths, lambda number: noise, last)
 
 
 def assert_moments(samples, mean, variance):
@@ -45,7 +58,7 @@ def test_losses_of_all_blocks_add_up_to_equation_8(blocks):
         expectation += rise * distance / batch / blocks
     expected = blocks / 2 * ETA * expectation
 
-    losses = [method(blocks).loss(t, estimates[t - 1], u) for t in range(1, blocks + 1)]
+    losses = [loss(method(blocks), t, estimates[t], u) for t in range(blocks)]
     assert all(loss.shape == () for loss in losses)
     # each block's loss carries the whole factor T/2, so E_t is the mean of the blocks' losses
     assert sum(map(float, losses)) / blocks == pytest.approx(expected, rel=1e-12)
@@ -54,12 +67,11 @@ def test_losses_of_all_blocks_add_up_to_equation_8(blocks):
 def test_uniform_weight_is_the_plain_squared_distance_for_every_block():
     estimate, u = torch.tensor([[1.0, 2.0], [0.0, 0.0]]), torch.tensor([[0.0, 0.0], [3.0, 0.0]])
     uniform = method(4, loss_weight="uniform")
-    assert [uniform.loss(t, estimate, u).item() for t in range(1, 5)] == [7.0] * 4
+    assert [loss(uniform, index, estimate, u).item() for index in range(4)] == [7.0] * 4
 
 
 def test_loss_of_half_precision_estimates_is_taken_in_float32():
-    loss = method(4).loss(2, torch.ones(2, 3, dtype=torch.bfloat16), torch.zeros(2, 3))
-    assert loss.dtype == torch.float32
+    assert loss(method(4), 1, torch.ones(2, 3, dtype=torch.bfloat16), torch.zeros(2, 3)).dtype == torch.float32
 
 
 @pytest.mark.parametrize("t", [1, 2, 5, 10])
@@ -68,7 +80,22 @@ def test_block_t_trains_on_the_latent_that_the_chain_will_hand_it(t):
     torch.manual_seed(t)
     u = torch.tensor([2.0, -1.0]).expand(20_000, 2)
     before = level(t - 1, 10)
-    assert_moments(method(10).training_input(t, u), math.sqrt(before) * u[0], 1 - before)
+    assert_moments(drawn(method(10), t - 1, u).z, math.sqrt(before) * u[0], 1 - before)
+
+
+def test_with_a_wrong_label_z_is_noised_from_it_but_the_right_one_is_the_target():
+    torch.manual_seed(0)
+    u, wrong = torch.tensor([2.0, -1.0]).expand(20_000, 2), torch.tensor([-1.0, 5.0]).expand(20_000, 2)
+    draw = method(10).draw(8, u, wrong)
+    assert_moments(draw.z, math.sqrt(level(8, 10)) * wrong[0], 1 - level(8, 10))
+    assert draw.target.equal(u)
+
+
+def test_the_prior_loss_is_the_kl_of_two_gaussians():
+    u = torch.randn(6, 3)
+    q = torch.distributions.Normal(math.sqrt(LOW) * u, math.sqrt(1 - LOW))
+    kl = torch.distributions.kl_divergence(q, torch.distributions.Normal(0.0, 1.0)).sum(dim=1).mean()
+    torch.testing.assert_close(method(4).prior_loss(u), kl)
 
 
 def test_the_head_trains_on_the_last_latent():
@@ -80,15 +107,15 @@ def test_the_head_trains_on_the_last_latent():
 def test_training_input_is_fresh_at_each_call_and_repeats_with_the_seed():
     u, discrete = torch.zeros(4, 2), method(3)
     torch.manual_seed(5)
-    first, second = discrete.training_input(2, u), discrete.training_input(2, u)
+    first, second = drawn(discrete, 1, u).z, drawn(discrete, 1, u).z
     torch.manual_seed(5)
-    assert discrete.training_input(2, u).equal(first)
+    assert drawn(discrete, 1, u).z.equal(first)
     assert not first.equal(second)
 
 
 def test_chains_start_from_noise_and_the_mean_path_from_zero():
     noise = torch.randn(3, 4, 2)
-    paths = method(5).start(noise)
+    paths = start(noise)
     assert paths.shape == (5, 4, 2)
     assert paths[1:4].equal(noise)
     assert not paths[0].any()
@@ -99,7 +126,7 @@ def run_oracle(blocks, paths, u):
     """All paths (1 + S + 1, B, d) through T perfect blocks."""
     discrete = method(blocks)
     for t in range(1, blocks + 1):
-        paths, _ = discrete.advance(t, lambda z: u.expand_as(z), paths, torch.randn_like(paths[1:-1]), last=blocks)
+        paths, _ = advance(discrete, t, lambda z: u.expand_as(z), paths, torch.randn_like(paths[1:-1]), last=blocks)
     return paths
 
 
@@ -127,7 +154,7 @@ def test_one_step_is_a_times_estimate_plus_b_times_z_plus_noise():
     torch.manual_seed(0)
     blocks, t, samples = 5, 3, 2
     paths, noise = torch.randn(samples + 2, 4, 2), torch.randn(samples, 4, 2)
-    after, estimate = method(blocks).advance(t, torch.tanh, paths, noise, last=blocks)
+    after, estimate = advance(method(blocks), t, torch.tanh, paths, noise, last=blocks)
     now, before = level(t, blocks), level(t - 1, blocks)
     alpha = before / now
     for row in range(samples + 1):
@@ -142,15 +169,15 @@ def test_one_step_is_a_times_estimate_plus_b_times_z_plus_noise():
 def test_a_step_leaves_its_input_as_it_was():
     paths = torch.randn(4, 3, 2)
     copy = paths.clone()
-    method(5).advance(2, torch.tanh, paths, torch.randn(2, 3, 2), last=5)
+    advance(method(5), 2, torch.tanh, paths, torch.randn(2, 3, 2), last=5)
     assert paths.equal(copy)
 
 
 def test_at_an_early_exit_the_estimate_itself_is_the_result():
     paths, noise = torch.randn(4, 3, 2), torch.randn(2, 3, 2)
-    after, _ = method(5).advance(3, torch.tanh, paths, noise, last=3)
+    after, _ = advance(method(5), 3, torch.tanh, paths, noise, last=3)
     assert after[:-1].equal(paths[:-1].tanh())
-    whole, _ = method(3).advance(3, torch.tanh, paths, noise, last=3)
+    whole, _ = advance(method(3), 3, torch.tanh, paths, noise, last=3)
     assert not whole[:-1].isclose(paths[:-1].tanh()).all(), "the last block of a whole chain is no early exit"
 
 
@@ -165,7 +192,7 @@ def test_the_average_is_the_mean_of_all_estimates_along_stochastic_chains(last):
         return estimate
 
     discrete = method(5)
-    paths = discrete.start(torch.randn(3, 4, 2))
+    paths = start(torch.randn(3, 4, 2))
     for t in range(1, last + 1):
-        paths, _ = discrete.advance(t, denoise, paths, torch.randn(3, 4, 2), last=last)
+        paths, _ = advance(discrete, t, denoise, paths, torch.randn(3, 4, 2), last=last)
     torch.testing.assert_close(paths[-1], torch.cat(seen).mean(dim=0))

@@ -1,9 +1,11 @@
 import pytest
 import torch
+from pydantic import ValidationError
+from torchvision import models
 
-from noprop_dist.config import ModelCard, UserError
-from noprop_dist.nets.backbones import BACKBONES, Dropout
-from noprop_dist.nets.block import build_block, resolve_backbone
+from noprop_dist.config import BACKBONE_NAMES, Card, ModelCard, UserError
+from noprop_dist.nets.backbones import BACKBONES, Dropout, image_path, resolve_backbone
+from noprop_dist.nets.block import Block
 
 LAYOUTS = [torch.contiguous_format, torch.channels_last]
 
@@ -71,43 +73,142 @@ def test_dropout_does_nothing_in_eval_or_at_0(layer):
     assert layer(x).equal(x)
 
 
-@pytest.mark.parametrize(
-    ("name", "shape"),
-    [
-        ("paper-cnn", (1, 28, 28)),
-        ("paper-cnn", (3, 32, 32)),
-        ("paper-cnn", (3, 14, 21)),
-        ("small-cnn", (1, 8, 8)),
-        ("small-cnn", (3, 9, 5)),
-        ("small-cnn", (3, 2, 2)),
-    ],
-)
-def test_a_backbone_gives_its_width_of_features(name, shape):
-    backbone = BACKBONES[name](shape, 0.2)
+SHAPES = [(1, 28, 28), (3, 32, 32), (1, 8, 8), (3, 9, 15)]
+FITTING = [
+    (name, shape) for name, kind in BACKBONES.items() for shape in SHAPES if min(shape[1:]) >= getattr(kind, "smallest", 1)
+]
+
+
+def card(method="dt", **model):
+    return Card.model_validate({"method": {"name": method}, "model": model})
+
+
+def test_the_card_knows_every_backbone_and_no_other():
+    assert tuple(BACKBONES) == BACKBONE_NAMES
+
+
+@pytest.mark.parametrize(("name", "shape"), FITTING)
+def test_a_backbone_gives_features_and_gradients(name, shape):
+    torch.manual_seed(0)
+    backbone, count, _ = image_path(name, shape, 0.2)
+    assert backbone.training
     features = backbone(torch.randn(4, *shape))
-    assert features.shape == (4, backbone.width)
+    assert features.shape == (4, count)
     assert features.isfinite().all()
+    (features * torch.randn_like(features)).sum().backward()
+    assert all(parameter.grad.isfinite().all() for parameter in backbone.parameters())
+    assert all(parameter.grad.any() for name, parameter in backbone.named_parameters() if name.endswith("weight"))
 
 
-def test_small_cnn_trains_on_8x8_images():
-    block = build_block(ModelCard(backbone="small-cnn"), (1, 8, 8), dim=10, classes=10)
-    estimate = block.denoise(torch.randn(4, 10), block.encode(torch.randn(4, 1, 8, 8)), torch.eye(10))
+@pytest.mark.parametrize("name", BACKBONES)
+def test_dropout_acts_in_training_only(name):
+    torch.manual_seed(0)
+    x = torch.randn(3, 1, 14, 14)
+    backbone, *_ = image_path(name, x.shape[1:], 0.5)
+    for module in backbone.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.momentum = 0.0  # else it is their statistics that differ
+    assert not backbone(x).equal(backbone(x))
+    backbone.eval()
+    assert backbone(x).equal(backbone(x))
+    certain, *_ = image_path(name, x.shape[1:], 0.0)
+    assert certain(x).equal(certain(x))
+
+
+@pytest.mark.parametrize("name", BACKBONES)
+def test_a_backbone_serves_a_z_of_the_images_size(name):
+    shape = (1, 14, 14)
+    block = Block(card(backbone=name, embedding="prototype"), shape, 3)
+    z, w = torch.randn(4, 14 * 14, requires_grad=True), torch.randn(3, 14 * 14)
+    estimate = block.denoise(z, block.encode(torch.randn(4, *shape)), w)
     estimate.square().sum().backward()
-    assert all(parameter.grad.isfinite().all() for parameter in block.parameters())
+    assert estimate.shape == z.shape
+    assert z.grad.any()
+    kind = type(BACKBONES[name](shape, 0.2))
+    assert len([module for module in block.modules() if type(module) is kind]) == 2, "one for the image, one for z"
+
+
+def test_the_resnets_are_torchvisions_without_their_classifier():
+    for name, features in [("resnet18", 512), ("resnet34", 512), ("resnet50", 2048)]:
+        with torch.device("meta"):
+            ours, count, _ = image_path(name, (3, 224, 224), 0.2)
+            theirs = models.get_model(name, weights=None)
+        assert count == features
+        expected = {name: value.shape for name, value in theirs.state_dict().items() if not name.startswith("fc.")}
+        assert {name: value.shape for name, value in ours.net.state_dict().items()} == expected
+
+
+@pytest.mark.parametrize(("side", "left"), [(8, 1), (28, 4), (64, 8), (65, 3), (224, 7)])
+def test_a_resnet_has_the_cifar_stem_for_small_images(side, left):
+    with torch.device("meta"):
+        net = image_path("resnet18", (1, side, side), 0.2)[0].net
+        x = net.maxpool(net.conv1(torch.zeros(2, 1, side, side)))
+        for layer in (net.layer1, net.layer2, net.layer3, net.layer4):
+            x = layer(x)
+    assert x.shape[2:] == (left, left)
+
+
+@pytest.mark.parametrize(("sides", "patches"), [((28, 28), 49), ((32, 32), 64), ((64, 64), 64), ((8, 8), 16), ((9, 15), 40)])
+def test_the_transformer_sees_every_pixel_in_patches(sides, patches):
+    torch.manual_seed(0)
+    vit = BACKBONES["vit-tiny"]((1, *sides), 0.0).eval()
+    assert len(vit.positions) == patches
+    x = torch.randn(1, 1, *sides, requires_grad=True)
+    vit(x).square().sum().backward()
+    assert x.grad.ne(0).all()
+
+
+def test_the_transformers_layers_start_apart_and_know_positions():
+    torch.manual_seed(0)
+    vit = BACKBONES["vit-tiny"]((1, 8, 8), 0.0)
+    assert not vit.layers[0].linear1.weight.equal(vit.layers[1].linear1.weight)
+    x = torch.randn(2, 1, 8, 8)
+    assert not vit(x).allclose(vit(x.roll(2, 3)), atol=1e-4), "the same patches, elsewhere"
+
+
+def test_looking_for_the_number_of_features_leaves_statistics_and_random_numbers_alone():
+    shape = (1, 12, 12)  # of no other test: the number is looked for once
+    torch.manual_seed(5)
+    backbone, *_ = image_path("resnet18", shape, 0.2)
+    after = torch.rand(3)
+    torch.manual_seed(5)
+    plain = BACKBONES["resnet18"](shape, 0.2)
+    assert torch.rand(3).equal(after)
+    assert all(a.equal(b) for a, b in zip(backbone.state_dict().values(), plain.state_dict().values(), strict=True))
+    assert not any(value for name, value in backbone.state_dict().items() if "num_batches" in name)
+
+
+@pytest.mark.parametrize("name", BACKBONES)
+def test_a_backbone_can_be_made_without_contents(name):
+    with torch.device("meta"):
+        backbone, count, _ = image_path(name, (3, 16, 18), 0.2)
+    assert {parameter.device.type for parameter in backbone.parameters()} == {"meta"}
+    assert count == image_path(name, (3, 16, 18), 0.2)[1]
 
 
 @pytest.mark.parametrize(
     ("side", "expected"), [((8, 8), "small-cnn"), ((13, 28), "small-cnn"), ((14, 14), "paper-cnn"), ((64, 14), "paper-cnn")]
 )
 def test_auto_takes_the_papers_network_where_the_image_is_large_enough(side, expected):
-    assert resolve_backbone(ModelCard(), (1, *side)) == expected
+    assert resolve_backbone("auto", (1, *side)) == expected
 
 
-def test_a_backbone_asked_for_by_name_is_taken():
-    assert resolve_backbone(ModelCard(backbone="small-cnn"), (3, 32, 32)) == "small-cnn"
+@pytest.mark.parametrize("name", ["small-cnn", "mlp", "resnet50"])
+def test_a_backbone_asked_for_by_name_is_taken(name):
+    assert resolve_backbone(name, (3, 32, 32)) == name
 
 
 @pytest.mark.parametrize("shape", [(1, 8, 8), (3, 13, 13), (3, 32, 12)])
 def test_images_too_small_for_the_papers_network_are_refused_with_a_way_out(shape):
     with pytest.raises(UserError, match=r"^model\.backbone: paper-cnn .*14 pixels.*small-cnn$"):
-        resolve_backbone(ModelCard(backbone="paper-cnn"), shape)
+        resolve_backbone("paper-cnn", shape)
+
+
+@pytest.mark.parametrize(
+    ("name", "meant"), [("resnet81", "resnet18"), ("paper_cnn", "paper-cnn"), ("vittiny", "vit-tiny"), ("mlpp", "mlp")]
+)
+def test_a_misspelt_name_is_refused_with_the_nearest_right_one(name, meant):
+    with pytest.raises(ValidationError, match=rf"vit-tiny or your own package\.module:Class \(did you mean {meant}\?\)"):
+        ModelCard(backbone=name)
+    with pytest.raises(ValidationError, match="Class "):
+        ModelCard(backbone="qqqq")

@@ -1,11 +1,18 @@
 import pytest
 import torch
 
-from noprop_dist.config import ModelCard
-from noprop_dist.nets.block import Block, build_block
+from noprop_dist.config import Card, ModelCard
+from noprop_dist.nets.backbones import BACKBONES
+from noprop_dist.nets.block import TIME_FEATURES, Block, positional
+from noprop_dist.nets.build import build_network
 from noprop_dist.nets.labels import LabelSpace, nearest
 
-MNIST, CIFAR = (1, 28, 28), (3, 32, 32)
+DIGITS, MNIST, CIFAR = (1, 8, 8), (1, 28, 28), (3, 32, 32)
+
+
+def fresh(shape=DIGITS, classes=10, method="dt", seed=0, **model):
+    torch.manual_seed(seed)
+    return build_network(Card.model_validate({"method": {"name": method}, "model": model}), shape, classes)
 
 
 @pytest.mark.parametrize(
@@ -13,14 +20,13 @@ MNIST, CIFAR = (1, 28, 28), (3, 32, 32)
 )
 def test_a_block_has_exactly_the_papers_parameters(shape, classes, expected):
     with torch.device("meta"):
-        block = build_block(ModelCard(backbone="paper-cnn"), shape, dim=classes, classes=classes)
+        block = fresh(shape, classes, backbone="paper-cnn")
     assert sum(parameter.numel() for parameter in block.parameters()) == expected
 
 
 @pytest.fixture
 def block():
-    torch.manual_seed(0)
-    return build_block(ModelCard(backbone="small-cnn"), (1, 8, 8), dim=3, classes=5)
+    return fresh(classes=5, backbone="small-cnn", embedding="learned", embedding_dim=3)
 
 
 def test_features_are_encoded_without_z_and_serve_every_z(block):
@@ -51,7 +57,7 @@ def test_the_estimate_depends_on_the_image(block):
 
 
 def test_an_estimate_with_one_hot_embeddings_is_a_probability_vector():
-    block = build_block(ModelCard(), (1, 8, 8), dim=5, classes=5)
+    block = fresh(classes=5)
     estimate = block.denoise(torch.randn(9, 5), block.encode(torch.randn(9, 1, 8, 8)), torch.eye(5))
     assert estimate.shape == (9, 5)
     assert (estimate >= 0).all()
@@ -60,7 +66,7 @@ def test_an_estimate_with_one_hot_embeddings_is_a_probability_vector():
 
 def test_an_estimate_lies_in_the_convex_hull_of_the_embeddings():
     """Four points in three dimensions: the weights that express û by them are unique, and must be probabilities."""
-    block = build_block(ModelCard(), (1, 8, 8), dim=3, classes=4)
+    block = fresh(classes=4, embedding="learned", embedding_dim=3)
     w = torch.tensor([[0.0, 0, 0], [2, 0, 0], [0, 3, 0], [1, 1, 4]])
     estimate = block.denoise(3 * torch.randn(50, 3), block.encode(torch.randn(50, 1, 8, 8)), w)
     corners = torch.cat([w, torch.ones(4, 1)], dim=1).T
@@ -70,26 +76,85 @@ def test_an_estimate_lies_in_the_convex_hull_of_the_embeddings():
 
 
 def test_estimates_stay_in_float32_under_autocast():
-    block = build_block(ModelCard(), (1, 8, 8), dim=5, classes=5)
+    block = fresh(classes=5)
     with torch.autocast("cpu", torch.bfloat16):
         estimate = block.denoise(torch.randn(9, 5), block.encode(torch.randn(9, 1, 8, 8)), torch.eye(5))
     assert estimate.dtype == torch.float32
     torch.testing.assert_close(estimate.sum(dim=1), torch.ones(9), rtol=0, atol=1e-6)
 
 
-def test_new_blocks_repeat_with_the_seed():
-    def fresh(seed):
-        torch.manual_seed(seed)
-        return torch.cat([p.flatten() for p in build_block(ModelCard(), (1, 8, 8), dim=10, classes=10).parameters()])
+@pytest.mark.parametrize(("name", "method"), [*((name, "dt") for name in BACKBONES), ("small-cnn", "ct")])
+def test_new_blocks_are_a_pure_function_of_the_seed(name, method):
+    def weights(seed):
+        torch.rand(seed)
+        block = fresh((1, 15, 15), method=method, seed=seed, backbone=name)
+        return torch.cat([value.flatten() for value in block.state_dict().values()])
 
-    assert fresh(1).equal(fresh(1))
-    assert not fresh(1).equal(fresh(2))
+    first = weights(1)  # the first of its kind tries the backbone out, later ones do not
+    assert weights(1).equal(first)
+    assert not weights(2).equal(first)
 
 
-def test_a_users_own_backbone_fits_into_a_block():
-    own = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(12, 6))
-    block = Block(own, 6, dim=2, classes=3)
-    assert block.denoise(torch.randn(4, 2), block.encode(torch.randn(4, 3, 2, 2)), torch.randn(3, 2)).shape == (4, 2)
+@pytest.mark.parametrize("method", ["ct", "fm"])
+def test_blocks_of_continuous_time_have_no_batch_norm_outside_the_image_path(method):
+    def norms(module):
+        return [each for each in module.modules() if isinstance(each, torch.nn.modules.batchnorm._BatchNorm)]
+
+    assert not norms(fresh(method=method))
+    block = fresh(method=method, backbone="resnet18")
+    assert norms(block)
+    assert len(norms(block)) == len(norms(block.image[0]))
+    assert norms(fresh()), "DT has them"
+
+
+@pytest.mark.parametrize("method", ["ct", "fm"])
+def test_blocks_of_continuous_time_depend_on_it_and_on_all_else(method):
+    block = fresh(method=method, embedding="learned", embedding_dim=3).eval()
+    x, z, w, time = torch.randn(4, *DIGITS), torch.randn(4, 3), torch.randn(10, 3), torch.rand(4)
+    inputs = [z, block.encode(x), w, time]
+    expected = block.denoise(*inputs)
+    assert expected.shape == z.shape
+    for number, other in enumerate([-z, block.encode(-x), -w, 1 - time]):
+        changed = [*inputs[:number], other, *inputs[number + 1 :]]
+        assert not block.denoise(*changed).isclose(expected).all()
+    assert block.denoise(*inputs).equal(expected)
+    first = block.denoise(z, inputs[1], w, torch.cat([1 - time[:1], time[1:]]))
+    assert first[1:].allclose(expected[1:]), "every row has its own time"
+    assert not first[0].allclose(expected[0])
+
+
+def test_times_are_told_apart_and_embedded_within_bounds():
+    times = positional(torch.linspace(0, 1, 1001))
+    assert times.shape == (1001, TIME_FEATURES)
+    assert times.abs().max() <= 1
+    assert torch.pdist(times).min() > 0.1
+
+
+@pytest.mark.parametrize(("method", "mixes"), [("dt", True), ("ct", True), ("fm", False)])
+def test_only_the_output_of_flow_matching_is_no_mixture_of_embeddings(method, mixes):
+    block = fresh(method=method).eval()
+    block.fuse[-1].bias.data += 3.0
+    seen = []
+    block.fuse.register_forward_hook(lambda module, inputs, logits: seen.append(logits))
+    w = torch.randn(10, 10)
+    output = block.denoise(torch.randn(6, 10), block.encode(torch.randn(6, *DIGITS)), w, torch.rand(6))
+    weights = seen[0].softmax(dim=1) if mixes else seen[0]
+    torch.testing.assert_close(output, weights @ w)
+
+
+@pytest.mark.parametrize(("schedule", "trainable"), [("cosine", False), ("learned", True)])
+def test_a_block_has_a_schedule_of_its_own_where_it_is_learned(schedule, trainable):
+    block = Block(Card.model_validate({"method": {"name": "ct", "schedule": schedule}}), DIGITS, 10, (0.2, 0.6))
+    assert (block.gamma is not None) is trainable
+
+
+@pytest.mark.parametrize("method", ["dt", "ct", "fm"])
+def test_a_z_of_the_images_size_is_seen_as_an_image(method):
+    block = fresh(method=method, embedding="prototype")
+    assert [type(module) for module in block.label[:2]] == [torch.nn.Unflatten, type(block.image[0])]
+    output = block.denoise(torch.randn(4, 64), block.encode(torch.randn(4, *DIGITS)), torch.randn(10, 64), torch.rand(4))
+    assert output.shape == (4, 64)
+    assert type(fresh(method=method, embedding="learned", embedding_dim=20).label[0]) is torch.nn.Linear
 
 
 @pytest.mark.parametrize(("classes", "dim"), [(10, 10), (7, 3), (3, 20)])
@@ -103,19 +168,18 @@ def test_nearest_is_the_class_at_the_least_euclidean_distance(classes, dim):
 
 def test_the_head_starts_as_the_nearest_embedding_classifier():
     torch.manual_seed(0)
-    labels = LabelSpace(ModelCard(), 10)
+    labels = LabelSpace(ModelCard(), DIGITS, 10)
     z = torch.randn(300, 10)
     assert labels(z).argmax(dim=1).equal(nearest(z, labels.embedding))
     assert labels(labels.embedding).argmax(dim=1).equal(torch.arange(10))
 
 
 def test_one_hot_embeddings_are_fixed_and_the_head_is_trained():
-    labels = LabelSpace(ModelCard(), 4)
-    assert labels.dim == 4
+    labels = LabelSpace(ModelCard(), DIGITS, 4)
     assert labels.embedding.equal(torch.eye(4))
     assert {name for name, _ in labels.named_parameters()} == {"head.weight", "head.bias"}
     assert "embedding" in labels.state_dict(), "saved with the head"
 
 
 def test_the_head_reads_any_number_of_paths():
-    assert LabelSpace(ModelCard(), 4)(torch.randn(3, 5, 4)).shape == (3, 5, 4)
+    assert LabelSpace(ModelCard(), DIGITS, 4)(torch.randn(3, 5, 4)).shape == (3, 5, 4)

@@ -2,7 +2,8 @@ import pytest
 import torch
 
 from noprop_dist.config import Card
-from noprop_dist.nets.block import build_block
+from noprop_dist.nets.backbones import BACKBONES
+from noprop_dist.nets.build import build_network
 from noprop_dist.nets.cost import block_cost
 
 MNIST = (1, 28, 28)
@@ -14,11 +15,12 @@ def card(**sections):
 
 @pytest.mark.parametrize(
     ("shape", "classes", "backbone"),
-    [(MNIST, 10, "paper-cnn"), ((3, 32, 32), 100, "paper-cnn"), ((1, 8, 8), 10, "small-cnn"), ((3, 20, 20), 7, "auto")],
+    [(MNIST, 10, "paper-cnn"), ((3, 32, 32), 100, "paper-cnn"), ((3, 20, 20), 7, "auto")]
+    + [((1, 14, 14), 10, name) for name in BACKBONES],
 )
 def test_parameters_are_those_of_the_real_block(shape, classes, backbone):
     chosen = card(model={"backbone": backbone})
-    block = build_block(chosen.model, shape, dim=classes, classes=classes)
+    block = build_network(chosen, shape, classes)
     expected = sum(parameter.numel() for parameter in block.parameters())
     assert block_cost(chosen, shape, classes).parameters == expected
 
@@ -69,3 +71,16 @@ def test_counting_leaves_the_random_numbers_alone():
     torch.manual_seed(3)
     block_cost(card(), (1, 8, 8), 10)
     assert torch.rand(4).equal(expected)
+
+
+@pytest.mark.parametrize("method", ["ct", "fm"])
+def test_a_block_with_time_is_counted_too(method):
+    cost = block_cost(card(method={"name": method}), (1, 8, 8), 10)
+    assert cost.parameters == sum(p.numel() for p in build_network(card(method={"name": method}), (1, 8, 8), 10).parameters())
+    assert cost.flops > 0
+
+
+def test_flops_of_a_resnet_block_are_the_published_ones():
+    """ResNet-18 takes 1.8 billion multiply-adds for a 224×224 image; a step three times that, but for the first layer's."""
+    cost = block_cost(card(data={"batch_size": 2}, model={"backbone": "resnet18"}), (3, 224, 224), 10)
+    assert cost.flops == pytest.approx(2 * 2 * 3 * 1.814e9, rel=0.04)

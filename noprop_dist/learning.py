@@ -1,0 +1,116 @@
+"""What one step teaches the modules of a rank: NoProp's local losses, or a baseline's single one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Protocol, cast
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+from noprop_dist.config import LOCAL_METHODS, Card
+from noprop_dist.learner import Learner, update
+from noprop_dist.method import make_method
+from noprop_dist.method.base import squared_loss
+from noprop_dist.metrics import RunLog
+from noprop_dist.nets.block import Block
+from noprop_dist.nets.labels import LabelSpace, nearest
+from noprop_dist.nets.precision import autocast
+from noprop_dist.seeding import derive
+
+
+class Lesson(Protocol):
+    """Everything random in it is seeded by (run.seed, what it is for, step): neither ranks nor resumes matter."""
+
+    def teach(self, step: int, x: Tensor, y: Tensor, log: RunLog) -> None:
+        """One optimizer step of this rank's modules on images x (B, C, H, W), ready for a network, and labels y (B,)."""
+        ...
+
+
+class Local:
+    """NoProp: every block learns by its own loss, and the label space, where this rank owns it, by its own.
+
+    Args:
+        labels: the label space's learner; None on ranks that do not own it.
+        seen: the label space as blocks know it, constants of the step (see parallel.publication).
+    """
+
+    def __init__(self, card: Card, blocks: Mapping[int, Learner], labels: Learner | None, seen: LabelSpace) -> None:
+        self._card, self._blocks, self._labels, self._seen = card, blocks, labels, seen
+        self._method = make_method(card)
+
+    def teach(self, step: int, x: Tensor, y: Tensor, log: RunLog) -> None:
+        """See :class:`Lesson`."""
+        card, method, seen = self._card, self._method, self._seen
+        u = seen.embedding[y]
+        for index, learner in self._blocks.items():
+            torch.manual_seed(derive(card.run.seed, "block", index, step))
+            block = cast(Block, learner.module).train()
+            draw = method.draw(index, u, seen.embedding[self._mislabel(y)], block.gamma)
+            with autocast(card.train, x.device):
+                features = block.encode(x)
+                output = block.denoise(draw.z, features, seen.embedding, draw.time)
+            extra = method.extra_loss(output, draw, u, lambda z: cross_entropy(seen(z), y), block.gamma)
+            loss = squared_loss(output, draw) + extra
+            update(loss, step, learner)
+            guess = nearest(method.estimate(output.detach(), draw.z.detach(), draw.time), seen.embedding)
+            log.add(index, loss.detach(), guess == y)
+            if card.debug.enabled:
+                log.debug(index, learner.gradient_norm(), {"x": x, "features": features, "z": draw.z, "û": output})
+        if self._labels:
+            torch.manual_seed(derive(card.run.seed, "labels", step))
+            own = cast(LabelSpace, self._labels.module)
+            u = own.embedding[y]
+            gamma = cast(Block, self._blocks[0].module).gamma  # of use where one block has all of the time, so is here
+            loss = cross_entropy(own(method.final_latent(u, gamma)), y) + method.prior_loss(u, gamma)
+            update(loss, step, self._labels)
+
+    def _mislabel(self, y: Tensor) -> Tensor:
+        """Labels (B,), each another one with probability label_noise."""
+        share, classes = self._card.method.label_noise, len(self._seen.embedding)
+        if not share:
+            return y
+        wrong = (y + torch.randint(1, classes, y.shape, device=y.device)) % classes
+        return torch.where(torch.rand(y.shape, device=y.device) < share, wrong, y)
+
+
+class EndToEnd:
+    """A baseline: cross-entropy at the head trains the one network, the head and W together."""
+
+    def __init__(self, card: Card, network: Learner, labels: Learner) -> None:
+        self._card, self._network, self._labels = card, network, labels
+
+    def teach(self, step: int, x: Tensor, y: Tensor, log: RunLog) -> None:
+        """See :class:`Lesson`."""
+        card = self._card
+        torch.manual_seed(derive(card.run.seed, "block", 0, step))
+        network, labels = cast(Block, self._network.module).train(), cast(LabelSpace, self._labels.module)
+        z = torch.randn(len(y), labels.embedding.shape[1], device=x.device)
+        with autocast(card.train, x.device):
+            features = network.encode(x)
+            z = network.denoise(z, features, labels.embedding)
+        logits = labels(z.float())
+        loss = cross_entropy(logits, y)
+        update(loss, step, self._network, self._labels)
+        log.add(0, loss.detach(), logits.detach().argmax(dim=1) == y)
+        if card.debug.enabled:
+            log.debug(0, self._network.gradient_norm(), {"x": x, "features": features, "z": z, "logits": logits})
+
+
+def make_lesson(card: Card, blocks: Mapping[int, Learner], labels: Learner, seen: LabelSpace, owns_labels: bool) -> Lesson:
+    """The lesson of the card's method, for this rank's blocks and, where it owns it, the label space."""
+    if card.method.name in LOCAL_METHODS:
+        return Local(card, blocks, labels if owns_labels else None, seen)
+    return EndToEnd(card, blocks[0], labels)
+
+
+def travelling(card: Card, labels: LabelSpace) -> tuple[str, ...]:
+    """Parameters of the label space that blocks on other ranks rely on and that change: W where it is learned; the head too
+    where a block's own loss reads it (see the methods' ``extra_loss``)."""
+    method, model = card.method, card.model
+    if method.name not in LOCAL_METHODS:
+        return ()
+    if (method.name == "fm" and labels.learned) or (method.schedule == "learned" and model.blocks == 1):
+        return tuple(name for name, _ in labels.named_parameters())
+    return ("embedding",) if labels.learned else ()

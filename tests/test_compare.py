@@ -1,0 +1,136 @@
+"""Comparisons as a user starts them: real trainings in processes of their own."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from noprop_dist.compare import main
+from noprop_dist.config import UserError
+
+COMPARE = [sys.executable, "-m", "noprop_dist.compare"]
+QUICK = ["--train.steps", "6", "--train.eval_every", "2", "--data.batch_size", "32", "--parallel.threads", "1"]
+
+
+def run(*arguments: str, cwd: Path, expect: int = 0, **env: str) -> subprocess.CompletedProcess[str]:
+    command = [*COMPARE, *arguments]
+    result = subprocess.run(command, cwd=cwd, env={**os.environ, **env}, capture_output=True, text=True, timeout=240)
+    assert result.returncode == expect, f"exit {result.returncode}\n{result.stdout}\n{result.stderr}"
+    return result
+
+
+def write_cards(folder: Path, **cards: object) -> None:
+    for name, card in cards.items():
+        path = folder / f"{name.replace('_', '/')}.yaml"
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(yaml.safe_dump(card))
+
+
+def table(folder: Path) -> dict[str, dict]:
+    return {entry["card"]: entry for entry in json.loads((folder / "out/table.json").read_text())}
+
+
+@pytest.fixture(scope="module")
+def compared(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str], subprocess.CompletedProcess[str]]:
+    """Two cards of the same file name, one with two blocks and one with one, two seeds each, on at most two ranks."""
+    folder = tmp_path_factory.mktemp("compared")
+    write_cards(folder, a_card={"model": {"blocks": 2}}, b_card={"method": {"name": "fm"}})
+    arguments = ["a/card.yaml", "b/card.yaml", "--seeds", "0", "1", "--ranks", "2", "--out", "out", *QUICK]
+    return folder, arguments, run(*arguments, cwd=folder)
+
+
+def test_a_comparison_sets_what_the_runs_report_side_by_side(compared):
+    folder, _, result = compared
+    entries = table(folder)
+    assert list(entries) == ["a/card", "b/card"]
+    assert [(entry["method"], entry["ranks"]) for entry in entries.values()] == [("dt", [2]), ("fm", [1])]
+    for letter, entry in zip("ab", entries.values(), strict=True):
+        summaries = [json.loads((folder / f"out/runs/{letter}-card-{seed}/summary.json").read_text()) for seed in (0, 1)]
+        assert entry["seeds"] == {"0": summaries[0], "1": summaries[1]} and not entry["errors"]
+        assert all(summary["steps"] == 6 for summary in summaries), "the settings stand above every card"
+        assert [point["step"] for point in summaries[0]["curve"]] == [2, 4, 6]
+        first, second = (summary["test_accuracy"] for summary in summaries)
+        assert entry["mean"]["test_accuracy"] == pytest.approx((first + second) / 2)
+        assert entry["standard_error"]["test_accuracy"] == pytest.approx(abs(first - second) / 2)
+        shown = f"{50 * (first + second):.2f} ± {50 * abs(first - second):.2f}"
+        assert shown in (folder / "out/table.md").read_text() and shown in result.stdout
+        assert summaries[0]["curve"] != summaries[1]["curve"], "the seeds differ"
+    assert re.search(r"\| b/card \| fm \| .* \| 217,930 \| 218,040 \| 0.1 \| 1 \|", (folder / "out/table.md").read_text())
+    assert (folder / "out/curves.png").read_bytes().startswith(b"\x89PNG")
+    assert "run 3/4: b/card, seed 0, 1 rank; log: out/logs/b-card-0.log" in result.stdout
+
+
+def test_the_same_command_again_trains_nothing_anew(compared):
+    folder, arguments, _ = compared
+    before = {path: path.stat().st_mtime_ns for path in (folder / "out/runs").rglob("*")}
+    expected = table(folder)
+    said = run(*arguments, cwd=folder).stdout
+    assert said.count("finished before") == 4
+    assert {path: path.stat().st_mtime_ns for path in (folder / "out/runs").rglob("*")} == before
+    assert table(folder) == expected
+
+
+def test_a_longer_comparison_goes_on_where_it_ended(compared):
+    folder, _, _ = compared
+    run("b/card.yaml", "--out", "out", *QUICK, "--train.steps", "8", cwd=folder)
+    assert list(table(folder)["b/card"]["seeds"]) == ["0"]
+    assert [point["step"] for point in table(folder)["b/card"]["seeds"]["0"]["curve"]] == [2, 4, 6, 8]
+
+
+@pytest.mark.parametrize("setting", ["--optim.lr", "--inference.samples"])
+def test_other_settings_do_not_pass_for_a_finished_run(compared, setting):
+    folder, arguments, _ = compared
+    said = run(*arguments, setting, "3", cwd=folder, expect=2).stderr
+    assert re.fullmatch(rf"error: out/runs/a-card-0: has run with another card \({setting[2:]}.*choose another --out\n", said)
+
+
+def test_a_run_that_fails_is_told_and_the_others_go_on(tmp_path):
+    write_cards(tmp_path, c_bad={"parallel": {"device": "cuda"}}, c_good={"model": {"blocks": 1}})
+    said = run("c/bad.yaml", "c/good.yaml", "--out", "out", *QUICK, cwd=tmp_path, expect=1, CUDA_VISIBLE_DEVICES="").stdout
+    entries = table(tmp_path)
+    assert list(entries["c/bad"]["errors"]) == ["0"] and not entries["c/bad"]["seeds"]
+    assert entries["c/good"]["seeds"]["0"]["steps"] == 6
+    line = "failed: c/bad, seed 0: parallel.device: cuda was asked for, but torch sees no GPU here; use cpu or auto"
+    assert line in said and line in (tmp_path / "out/table.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["a/x.yaml", "missing.yaml"], "missing.yaml: cannot read this card"),
+        (["a/x.yaml", "a/x.yaml"], "a/x.yaml is given twice"),
+        (["a/x.yaml", "b/a/x.yaml"], "b/a/x.yaml: another card is called a/x too"),
+        (["a/x.yaml", "a/large.yaml"], "a/large.yaml: model.backbone: paper-cnn needs images"),
+        (["a/x.yaml", "a/wrong.yaml"], "a/wrong.yaml: train.epochs"),
+        (["a/x.yaml", "--train.epohcs", "3"], "unknown setting train.epohcs; did you mean train.epochs?"),
+        (["a/x.yaml", "--optim.lr", "fast"], "command line: optim.lr"),
+        (["a/x.yaml", "--seeds", "0", "0"], "--seeds: 0 0 are not different numbers"),
+        (["a/x.yaml", "--seeds", "-1"], "--seeds"),
+        (["a/x.yaml", "--seeds", "one"], "--seeds: invalid int value: 'one'"),
+        (["a/x.yaml", "--ranks", "0"], "a/x.yaml: 0 ranks: at least one is needed"),
+        (["a/x.yaml", "--run.seed", "3"], "use --out DIR and --seeds"),
+        ([], "required: cards"),
+    ],
+)
+def test_a_mistake_is_one_line_before_the_first_run_starts(arguments, message, tmp_path, monkeypatch):
+    write_cards(tmp_path, a_x={}, b_x={}, a_large={"model": {"backbone": "paper-cnn"}}, a_wrong={"train": {"epochs": "many"}})
+    (tmp_path / "b/a").mkdir()
+    (tmp_path / "b/a/x.yaml").write_text("")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError) as caught:
+        main(arguments)
+    assert re.fullmatch(rf".*{re.escape(message)}.*", str(caught.value)), caught.value
+    assert {path.name for path in tmp_path.iterdir()} == {"a", "b"}, "something was written"
+
+
+def test_started_under_torchrun_it_says_how_to_start_it(monkeypatch):
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    with pytest.raises(UserError, match=r"^compare: it starts ranks itself; start it plainly, .* --ranks N$"):
+        main(["x.yaml"])
