@@ -52,8 +52,7 @@ class Publication:
         embedding = labels.embedding.detach()
         if "embedding" not in self._travels:
             return embedding
-        message = self._world.wires["labels"].broadcast(embedding.cpu().contiguous(), self._world.step)
-        return message.wait().to(embedding.device)
+        return self._send(embedding.cpu().clone()).wait().to(embedding.device)  # other ranks receive into the copy
 
     def state(self) -> dict[str, Tensor]:
         """What a checkpoint keeps: the values in use and those under way."""
