@@ -46,7 +46,7 @@ class MethodCard(Section):
     end to end on one rank: backprop (the same blocks, eqs 17-19), cnn (a plain image path), adjoint (neural ODE), liquid (a
     recurrent liquid network that reads the image's rows; extra "baselines")."""
     eta: float = Field(0.1, gt=0)
-    """dt, ct: η, the weight of the denoising loss (eqs 8 and 9)."""
+    """dt, ct: η, the weight of the denoising loss (eqs 8 and 9). Unset, 1 for ct (table 4)."""
     schedule: Literal["cosine", "linear", "sigmoid", "learned"] = "cosine"
     """dt, ct: signal level ᾱ over time. cosine: sin²(πs/2); linear: s; sigmoid: log SNR is linear; learned (ct):
     a monotone net's."""
