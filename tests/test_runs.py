@@ -119,19 +119,24 @@ def test_a_longer_run_with_a_falling_learning_rate_says_that_it_differs(small_ca
     assert "the cosine learning rate now spans 8 steps, it was laid out for 6" in capsys.readouterr().err
 
 
-def test_a_cut_off_run_with_a_falling_learning_rate_goes_on_exactly(small_card, monkeypatch):
-    settings = {"optim": {"schedule": "one-cycle", "ema": 0.9}}
-    train(small_card(**settings, run={"name": "whole"}))
+def train_and_cut_off(card, at, monkeypatch):
+    """Train until an exception in step ``at``."""
     step = Trainer._step
 
     def cut(self, number, *args):
-        if number == 4:
+        if number == at:
             raise InterruptedError
         step(self, number, *args)
 
     with monkeypatch.context() as patch, pytest.raises(InterruptedError):
         patch.setattr(Trainer, "_step", cut)
-        train(small_card(**settings))
+        train(card)
+
+
+def test_a_cut_off_run_with_a_falling_learning_rate_goes_on_exactly(small_card, monkeypatch):
+    settings = {"optim": {"schedule": "one-cycle", "ema": 0.9}}
+    train(small_card(**settings, run={"name": "whole"}))
+    train_and_cut_off(small_card(**settings), 4, monkeypatch)
     train(small_card(**settings))
     whole, cut_off = (checkpoints(small_card(run={"name": name}))[-1] for name in ("whole", "run"))
     for path in whole.glob("*.safetensors"):
@@ -142,16 +147,8 @@ def test_the_curve_and_the_seconds_go_on_over_a_resume_and_drop_what_was_beyond_
     """Cut off after the evaluation of step 5, resumed from the checkpoint of step 3."""
     settings = {"steps": 6, "eval_every": 1, "checkpoint_every": 3}
     whole = train(small_card(train=settings, run={"name": "whole"})).summary
-    step, history = Trainer._step, small_card().run.dir / "run/history.json"
-
-    def cut(self, number, *args):
-        if number == 5:
-            raise InterruptedError
-        step(self, number, *args)
-
-    with monkeypatch.context() as patch, pytest.raises(InterruptedError):
-        patch.setattr(Trainer, "_step", cut)
-        train(small_card(train=settings))
+    history = small_card().run.dir / "run/history.json"
+    train_and_cut_off(small_card(train=settings), 5, monkeypatch)
     before = json.loads(history.read_text())
     assert [point["step"] for point in before] == [1, 2, 3, 4, 5]
     before[2]["seconds"] += 1000  # as if the first three steps had been long
