@@ -95,6 +95,13 @@ def total_steps(card: Card, train_size: int) -> int:
     return card.train.steps or -(-card.train.epochs * train_size // card.data.batch_size)
 
 
+def evaluates(card: Card, train_size: int, step: int) -> bool:
+    """Whether an evaluation follows ``step`` steps: every so many, else where they complete an epoch."""
+    if card.train.eval_every:
+        return step % card.train.eval_every == 0
+    return step * card.data.batch_size // train_size > (step - 1) * card.data.batch_size // train_size
+
+
 def find_start(card: Card, info: DataInfo, checkpoints: Path | None) -> tuple[Path | None, int, list[str]]:
     """Where a run starts: the checkpoint to load (None: from scratch), its step, and what the user should know.
 

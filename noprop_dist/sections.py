@@ -135,7 +135,7 @@ class TrainCard(Section):
     log_every: int = Field(50, ge=1)
     """Steps between scalars."""
     eval_every: int = Field(0, ge=0)
-    """Steps between evaluations on the test set; 0: once an epoch. There is always one at the end."""
+    """Steps between evaluations on the test set; 0: at each step that completes an epoch. There is always one at the end."""
     checkpoint_every: int = Field(500, ge=0)
     """Steps between checkpoints; 0: only at the end."""
     keep_checkpoints: int = Field(2, ge=1)

@@ -27,7 +27,7 @@ from noprop_dist.parallel.placement import Placement
 from noprop_dist.parallel.publication import Publication
 from noprop_dist.parallel.relay import relay
 from noprop_dist.parallel.world import World
-from noprop_dist.runs import RunFolder, total_steps
+from noprop_dist.runs import RunFolder, evaluates, total_steps
 from noprop_dist.saving import Saver
 from noprop_dist.seeding import derive
 
@@ -39,7 +39,6 @@ class Trainer:
         self.card, self.info, self.world, self.placement = card, info, world, placement
         self.feed, self.folder = feed, folder
         self.total = total_steps(card, info.train_size)
-        self.eval_every = card.train.eval_every or max(1, info.train_size // card.data.batch_size)
         self.pixels = Pixels(card.data, info)
         self.blocks = {
             index: Learner(fresh_block(card, info, index, world.device), card.optim, self.total)
@@ -60,7 +59,7 @@ class Trainer:
                     self._step(step, next(batches), log)
                 log.step(world.step, self.space.spread)
                 last = world.step == self.total
-                evaluate = last or world.step % self.eval_every == 0
+                evaluate = last or evaluates(card, self.info.train_size, world.step)
                 save = last or (card.train.checkpoint_every and world.step % card.train.checkpoint_every == 0)
                 if evaluate or save:
                     log.pause()

@@ -14,7 +14,7 @@ from noprop_dist.data import open_data
 from noprop_dist.data.memory import MemorySplit
 from noprop_dist.evaluate import load
 from noprop_dist.report.console import set_up_logging, size
-from noprop_dist.runs import claim_folder
+from noprop_dist.runs import claim_folder, evaluates, total_steps
 from noprop_dist.trainer import Trainer
 
 
@@ -253,3 +253,11 @@ def test_prototypes_of_a_class_without_images_are_refused_before_anything_is_wri
     with pytest.raises(UserError, match=r"^model.embedding: prototype needs images of each class, 1 has none"):
         train(card)
     assert not card.run.dir.exists()
+
+
+@pytest.mark.parametrize("batch", [2, 7, 100, 128, 1000])
+def test_unset_evaluations_are_one_an_epoch_the_last_at_the_end(small_card, batch):
+    card = small_card(data={"batch_size": batch}, train={"epochs": 5, "steps": None, "eval_every": 0})
+    total = total_steps(card, 1000)
+    due = [step for step in range(1, total + 1) if evaluates(card, 1000, step)]
+    assert due == [-(-1000 * epoch // batch) for epoch in range(1, 6)] and due[-1] == total
