@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from noprop_dist.config import Card
+from noprop_dist.config import LOCAL_METHODS, Card
 from noprop_dist.data import Pixels
 from noprop_dist.method import make_chain
 from noprop_dist.method.base import start
@@ -22,7 +22,8 @@ PATHS = ("mean", "stochastic", "average")
 
 @dataclass(frozen=True)
 class Scores:
-    """Accuracies (0–1) on a test set: by each way of predicting, and of every used block's own û on the mean path."""
+    """Accuracies (0–1) on a test set: by each way of predicting, and of every used block's own û on the mean path (none for a
+    baseline)."""
 
     mean: float
     stochastic: float
@@ -41,6 +42,7 @@ class Segment:
         self._card, self._embedding, self._pixels = card, embedding, pixels
         self._chain = make_chain(card)
         self.used = card.inference.blocks or card.units
+        self.guessing = self.used if card.method.name in LOCAL_METHODS else 0  # a baseline has no û
         self.blocks = {index: block.eval() for index, block in blocks.items() if index < self.used}
         self.device = embedding.device
 
@@ -76,7 +78,8 @@ class Segment:
                     return block.denoise(z.flatten(0, 1), rows, self._embedding, times).view_as(z)
 
             paths, estimate = self._chain.advance(index, denoise, paths, noise, self.used, block.gamma)
-            guesses[index] = nearest(estimate, self._embedding)
+            if self.guessing:
+                guesses[index] = nearest(estimate, self._embedding)
         return paths, guesses
 
     def _noise(self, number: int, size: int, batch: int) -> Tensor:
@@ -115,6 +118,6 @@ class Tally:
             self.blocks[index] = self.blocks.get(index, 0) + int((guess == labels).sum())
 
     def scores(self, used: int) -> Scores:
-        """Hits as shares; ``used`` is the number of blocks in the chain."""
+        """Hits as shares; the first ``used`` blocks have guessed."""
         mean, stochastic, average = (hits / self.seen for hits in self.hits.tolist())
         return Scores(mean, stochastic, average, tuple(self.blocks[index] / self.seen for index in range(used)))

@@ -15,9 +15,10 @@ from typing import Any
 
 from noprop_dist.cards import dump_card, load_card
 from noprop_dist.config import Card, UserError
-from noprop_dist.data import describe
+from noprop_dist.data import DataInfo, describe
 from noprop_dist.files import read, write
 from noprop_dist.launcher import check_baseline, resolve
+from noprop_dist.model import CONFIG
 from noprop_dist.parallel.placement import place
 from noprop_dist.report.curves import draw
 from noprop_dist.report.standings import markdown, show
@@ -73,17 +74,20 @@ def plan(cards: Mapping[Path, Card], seeds: Sequence[int], ranks: int, out: Path
         for seed in seeds:
             own = card.run.model_copy(update={"dir": out / "runs", "name": f"{name}-{seed}", "seed": seed})
             run = Run(labels[path], card.model_copy(update={"run": own}), on, total_steps(card, info.train_size))
-            _refuse_another_card(run)
+            _refuse_another_card(run, info)
             runs.append(run)
     return runs
 
 
-def _refuse_another_card(run: Run) -> None:
-    """A finished run's figures stand, also those that other inference settings would change."""
+def _refuse_another_card(run: Run, info: DataInfo) -> None:
+    """A finished run's figures stand, also those that other inference settings would change, for the data that it had."""
     if run.folder.summary.exists():
         then, now = (card.model_dump(mode="json") for card in (load_card(run.folder.card), run.card))
         if changed := differences(then, now, FREE - {"inference"}):
             raise UserError(f"{run.folder.path}: has run with another card ({'; '.join(changed)}); choose another --out")
+        data = DataInfo.from_json(json.loads(read(run.folder.model / CONFIG))["data"])
+        if run.card.data.name in ("npz", "imagefolder") and data != info:  # of the others no file has been read yet
+            raise UserError(f"{run.folder.path}: has run on other data than {run.card.data.root} holds; choose another --out")
 
 
 def compare(runs: Sequence[Run], out: Path) -> bool:

@@ -52,6 +52,7 @@ BELONGS = {
     **dict.fromkeys(("method.partition", "method.overlap"), ("ct", "fm")),
     **dict.fromkeys(("inference.solver", "inference.steps", "inference.tolerance"), ("ct", "fm")),
     **dict.fromkeys(("method.label_noise", "model.embedding_lag", "inference.blocks"), LOCAL_METHODS),
+    **dict.fromkeys(("model.backbone", "model.dropout"), (*LOCAL_METHODS, "backprop", "cnn", "adjoint")),
     "method.sigma": ("fm",),
     "method.ode_steps": ("adjoint",),
 }
@@ -61,6 +62,9 @@ NEEDS = {
     "model.embedding_dim": ("model.embedding", ("learned",)),
     "model.head_sigma": ("model.head", ("radial",)),
     "optim.momentum": ("optim.name", ("sgd",)),
+    "optim.warmup_steps": ("optim.schedule", ("constant", "cosine")),
+    "data.image_size": ("data.name", ("imagefolder",)),
+    "data.workers": ("data.name", ("imagefolder",)),
     "inference.tolerance": ("inference.solver", ("dopri5",)),
 }
 """Settings that do something only beside certain values of another one; else they are refused too."""
@@ -152,6 +156,16 @@ def _contradictions(card: Card) -> Iterator[str]:
         yield "method.alpha_min: 0 has no finite log SNR, which this schedule needs; use more"
     if method.overlap > 0 and blocks == 1:
         yield "method.overlap: one block has no neighbour; raise --model.blocks or leave it out"
+    if method.partition != "uniform" and blocks == 1:
+        yield "method.partition: one block has all of the time, nothing is cut; raise --model.blocks or leave it out"
+    if (
+        card.model.embedding == "one-hot"
+        and not (method.schedule == "learned" and blocks == 1)
+        and _is_set(card, "model.embedding_lag")
+    ):
+        yield "model.embedding_lag: one-hot embeddings never change, so nothing is sent; leave it out"
+    if name == "fm" and (card.model.embedding, card.inference.readout) == ("one-hot", "auto") and card.model.head != "linear":
+        yield f"model.head: fm names the nearest embedding, {card.model.head} would not be read; add --inference.readout head"
     if name == "fm" and card.inference.solver == "sde":
         yield "inference.solver: flow matching has an ODE only; use euler, midpoint, heun, rk4 or dopri5"
     if name == "dt" and method.schedule in ("cosine", "linear") and blocks > 1:

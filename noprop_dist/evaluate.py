@@ -17,12 +17,12 @@ from noprop_dist import command
 from noprop_dist.cards import read_card
 from noprop_dist.checkpoint import LABELS, MANIFEST, block_file, newest_whole, read_manifest
 from noprop_dist.config import Card, UserError
-from noprop_dist.data import DataInfo, open_data
+from noprop_dist.data import open_data
 from noprop_dist.files import read, unpack
 from noprop_dist.learner import inference_state
 from noprop_dist.model import CONFIG, NoPropModel
 from noprop_dist.parallel.world import choose_device, set_threads
-from noprop_dist.runs import RunFolder, differences
+from noprop_dist.runs import RunFolder, differences, trained_as
 
 
 def main(argv: list[str]) -> None:
@@ -61,7 +61,7 @@ def load(folder: Path) -> NoPropModel:
         reason = refused[0] if refused else "neither a model nor a checkpoint here; name a run's folder or its model's"
         raise UserError(f"{folder}: {reason}")
     manifest = read_manifest(newest)
-    card, info = Card.model_validate(manifest["card"]), DataInfo.from_json(manifest["data"])
+    card, info = trained_as(newest, manifest)
     blocks = {index: _state(newest / block_file(index)) for index in range(card.units)}
     return NoPropModel.from_parts(card, info, blocks, _state(newest / LABELS))
 

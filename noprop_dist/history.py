@@ -7,6 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from noprop_dist import files
+from noprop_dist.chain import PATHS
+
+SHOWN = ("step", "epoch", "seconds", *PATHS)
 
 
 class History:
@@ -21,8 +24,9 @@ class History:
         before = checkpoint.parents[1] / path.name if checkpoint else None
         points = json.loads(files.read(before)) if before and before.exists() else []
         self._points: dict[int, dict[str, Any]] = {point["step"]: point for point in points if point["step"] <= start}
-        self.seconds: float = max((point["seconds"] for point in self._points.values()), default=0.0)
-        """Of training, before this start."""
+        newest = max(self._points.values(), key=lambda point: int(point["step"]), default={})
+        self.before = {name: newest.get(name, 0) for name in ("seconds", "steps", "bytes")}
+        """Of training, before this start: how long it took, for how many steps, and what it sent."""
 
     def note(self, step: int, **figures: float) -> None:
         """Add figures of a step to what is known of it."""
@@ -32,4 +36,4 @@ class History:
     @property
     def curve(self) -> list[dict[str, Any]]:
         """The steps that were evaluated."""
-        return [point for point in self._points.values() if "mean" in point]
+        return [{name: point[name] for name in SHOWN} for point in self._points.values() if PATHS[0] in point]

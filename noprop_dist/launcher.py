@@ -19,6 +19,7 @@ from noprop_dist.learning import travelling
 from noprop_dist.model import NoPropModel, fresh_labels
 from noprop_dist.nets.backbones import resolve_backbone
 from noprop_dist.nets.baselines import liquid_layer
+from noprop_dist.nets.build import try_out
 from noprop_dist.nets.cost import block_cost
 from noprop_dist.parallel.feed import Feed, message_size
 from noprop_dist.parallel.placement import COORDINATOR, place
@@ -94,7 +95,7 @@ def _agree(card: Card, threads: int, world: World) -> _Plan:
 
     def open_and_check() -> dict[str, Any]:
         data = open_data(card.data)
-        resolve_backbone(card.model.backbone, data.info.shape)
+        try_out(resolve(card, data.info), data.info.shape, len(data.info.classes))
         if card.model.embedding == "prototype":
             check_classes(data.train, data.info)
         opened.append(data)

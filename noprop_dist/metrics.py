@@ -120,8 +120,8 @@ class RunLog:
         """Show an evaluation."""
         step = self._world.step
         chain = "  ".join(f"{path} {getattr(scores, path):.2%}" for path in PATHS)
-        blocks = f"û {min(scores.blocks):.2%}-{max(scores.blocks):.2%}"
-        self._bar.say(f"step {step}/{self._total}  test: {chain}  {blocks}")
+        blocks = f"  û {min(scores.blocks):.2%}-{max(scores.blocks):.2%}" if scores.blocks else ""
+        self._bar.say(f"step {step}/{self._total}  test: {chain}{blocks}")
         if self._board:
             values = {f"test accuracy/{path}": getattr(scores, path) for path in PATHS}
             values |= {_tag(index, "test accuracy"): value for index, value in enumerate(scores.blocks)}
@@ -133,8 +133,7 @@ class RunLog:
         calls it."""
         self._flush()
         world, card = self._world, self._card
-        steps = world.step - self._start
-        samples = steps * card.data.batch_size
+        samples = (world.step - self._start) * card.data.batch_size
         traffic = world.traffic
         own = [samples / self._running if samples else 0.0, peak_memory(world.device), self._busy]
         counts = len(own) + len(KINDS)
@@ -146,6 +145,7 @@ class RunLog:
         rows = [row.tolist() for row in gather_rows(world, mine, [counts] * world.size).wait()]
         if scores is None or training is None or self._history is None:
             return {}
+        whole = self._so_far
         accuracy = {path: getattr(scores, path) for path in PATHS}
         used = dict(enumerate(scores.blocks))
         return {
@@ -155,8 +155,8 @@ class RunLog:
             "train_accuracy": getattr(training, card.inference.path),
             "ranks": world.size,
             "steps": world.step,
-            "seconds": self._history.seconds + self._running,
-            "samples_per_second": min(row[0] for row in rows),
+            "seconds": whole["seconds"],
+            "samples_per_second": whole["steps"] * card.data.batch_size / max(whole["seconds"], 1e-9),
             "peak_memory_bytes": int(max(row[1] for row in rows)),
             "busy_share": sum(row[2] for row in rows) / world.size,
             "per_rank": [
@@ -179,7 +179,7 @@ class RunLog:
                 for index in range(card.units)
             ],
             "bytes": {kind: int(sum(row[len(own) + number] for row in rows)) for number, kind in enumerate(KINDS)},
-            "bytes_per_step": self._fed / steps if steps else 0.0,
+            "bytes_per_step": whole["bytes"] / max(whole["steps"], 1),
             "curve": self._history.curve,
         }
 
@@ -193,10 +193,16 @@ class RunLog:
     def _busy(self) -> float:
         return 1 - self._waiting / self._running if self._running else 1.0
 
+    @property
+    def _so_far(self) -> dict[str, float]:
+        """Training over all starts, on the coordinator."""
+        here = {"seconds": self._running, "steps": self._world.step - self._start, "bytes": self._fed}
+        return {name: value + (self._history.before[name] if self._history else 0) for name, value in here.items()}
+
     def _note(self, **figures: float) -> None:
         if self._history:
             epoch = self._world.step * self._card.data.batch_size / self._info.train_size
-            self._history.note(self._world.step, epoch=epoch, seconds=self._history.seconds + self._running, **figures)
+            self._history.note(self._world.step, epoch=epoch, **self._so_far, **figures)
 
     def _flush(self) -> None:
         """Show the scalars under way. They were sent long ago, so hardly anyone waits."""

@@ -82,7 +82,7 @@ class NoPropModel(nn.Module):
             paths, guesses = self._run(segment, images, number)
             tally.estimates(guesses, labels)
             tally.chain(read_out(card, self.labels, paths), labels)
-        return tally.scores(segment.used)
+        return tally.scores(segment.guessing)
 
     def save(self, folder: Path | str) -> None:
         """Write model.safetensors and config.json. Raises UserError where that fails."""

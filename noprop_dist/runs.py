@@ -125,11 +125,7 @@ def find_start(card: Card, info: DataInfo, checkpoints: Path | None) -> tuple[Pa
             return None, 0, notes
         found = newest
     manifest = checkpoint.read_manifest(found)
-    try:
-        then, data = Card.model_validate(manifest["card"]), DataInfo.from_json(manifest["data"])
-    except (TypeError, ValidationError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"{found}: written by another version ({reason}); give another --run.name to start anew") from None
+    then, data = trained_as(found, manifest)
     if data != info:
         raise UserError(f"{found}: was trained on other data than these; mend --data.root or give another --run.name")
     if card.train.resume != "auto" and checkpoints and any(folder.name > found.name for folder in checkpoints.glob("step-*")):
@@ -150,6 +146,16 @@ def find_start(card: Card, info: DataInfo, checkpoints: Path | None) -> tuple[Pa
     if card.optim.schedule != "constant" and (before := total_steps(then, info.train_size)) != total:
         notes.append(f"the {card.optim.schedule} learning rate now spans {total} steps, it was laid out for {before}")
     return found, manifest["step"], notes
+
+
+def trained_as(folder: Path, manifest: Mapping[str, Any]) -> tuple[Card, DataInfo]:
+    """The card and the data of a checkpoint, from its manifest. Raises UserError where this version cannot read them."""
+    try:
+        return Card.model_validate(manifest["card"]), DataInfo.from_json(manifest["data"])
+    except (TypeError, ValidationError) as error:
+        reason = "; ".join(item["msg"] for item in error.errors()) if isinstance(error, ValidationError) else str(error)
+        reason = " ".join(reason.removeprefix("Value error, ").split())
+        raise UserError(f"{folder}: written by another version ({reason}); train anew, under another --run.name") from None
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any], free: Set[str] = FREE) -> list[str]:

@@ -162,7 +162,7 @@ class ParallelCard(Section):
 class InferenceCard(Section):
     path: Literal["mean", "stochastic", "average"] = "mean"
     """What the run's test_accuracy stands for. mean: z_0 = 0, no noise; stochastic: the paper's chain; average: mean of
-    every block's û along stochastic chains. All three are always reported."""
+    every block's û along stochastic chains. All three are always reported (cnn and liquid have no chain: they are the same)."""
     samples: int = Field(1, ge=1)
     """Stochastic chains averaged per image."""
     blocks: int | None = Field(None, ge=1)
@@ -172,7 +172,7 @@ class InferenceCard(Section):
     eq 10's flow (fm) by torchdiffeq. auto: sde for ct, heun for fm."""
     steps: int = Field(50, ge=1)
     """ct, fm: steps from 0 to 1, shared among the blocks by their intervals. dopri5 chooses its own."""
-    tolerance: float = Field(1e-3, gt=0)
+    tolerance: float = Field(1e-3, ge=1e-6)
     """dopri5: relative and absolute, of a whole batch: an image's result depends a little on the others in it."""
     readout: Literal["auto", "head", "nearest"] = "auto"
     """How the last z names a class: by the head or by the nearest embedding; auto: nearest for fm, else head."""

@@ -19,6 +19,7 @@ from noprop_dist.learner import Learner
 from noprop_dist.learning import make_lesson, travelling
 from noprop_dist.metrics import RunLog
 from noprop_dist.model import NoPropModel, fresh_block, fresh_labels
+from noprop_dist.nets.baselines import Backprop
 from noprop_dist.nets.block import Block
 from noprop_dist.nets.labels import LabelSpace
 from noprop_dist.nets.precision import lay_out
@@ -74,7 +75,9 @@ class Trainer:
             if start == self.total and self.folder.summary.exists():  # a finished run's figures stand
                 return json.loads(files.read(self.folder.summary)), model
             parts = {"checkpoint": checkpoint, "tensorboard": self.folder.tensorboard, "model": self.folder.model}
-            sizes = [sum(parameter.numel() for parameter in each.parameters()) for each in (model.blocks[0], model)]
+            network = model.blocks[0]
+            block = network.blocks[0] if isinstance(network, Backprop) else network
+            sizes = [sum(parameter.numel() for parameter in each.parameters()) for each in (block, model)]
             summary["parameters"] = {"block": sizes[0], "total": sizes[1]}
             summary["files"] = {name: str(path) for name, path in parts.items()}
             files.write(self.folder.summary, json.dumps(summary, indent=1).encode())

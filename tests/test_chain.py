@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -166,3 +167,66 @@ def test_weights_of_another_model_are_refused_with_the_files_name(trained, tmp_p
         NoPropModel.from_pretrained(tmp_path)
     with pytest.raises(UserError, match="nowhere"):
         NoPropModel.from_pretrained(tmp_path / "nowhere")
+
+
+def untrained(**sections: dict[str, Any]) -> NoPropModel:
+    card = Card.model_validate(sections)
+    return NoPropModel(card, open_data(card.data).info)
+
+
+def heard(model: NoPropModel, images: torch.Tensor, block: int, z: torch.Tensor, time: float) -> torch.Tensor:
+    """What a block says at z and a time, asked directly."""
+    network = model.blocks[block]
+    features = network.encode(Pixels(model.card.data, model.info).normalise(images))
+    return network.denoise(z, features, model.labels.embedding, torch.full((len(z),), time))
+
+
+@torch.no_grad()
+def test_flow_matching_walks_by_each_blocks_velocity_at_its_own_times(images):
+    inference = {"solver": "euler", "steps": 6, "readout": "head"}
+    model = untrained(method={"name": "fm"}, model={"blocks": 2}, inference=inference)
+    z = torch.zeros(len(images), 10)
+    for step in range(6):
+        z = z + heard(model, images, step // 3, z, step / 6) / 6
+    torch.testing.assert_close(model(images), model.labels(z).log_softmax(dim=1), atol=1e-5, rtol=1e-5)
+    assert not z.allclose(6 * heard(model, images, 0, torch.zeros_like(z), 0.0) / 6, atol=1e-3), "the time matters"
+
+
+@torch.no_grad()
+def test_continuous_time_takes_ancestral_steps_at_its_own_times(images):
+    model = untrained(method={"name": "ct"}, model={"blocks": 2}, inference={"steps": 4})
+    first, last = (math.asin(math.sqrt(model.card.method.model_dump()[name])) for name in ("alpha_min", "alpha_max"))
+    alpha_bar = [math.sin(first + (last - first) * step / 4) ** 2 for step in range(5)]
+    z = torch.zeros(len(images), 10)
+    for step in range(4):
+        now, then = alpha_bar[step], alpha_bar[step + 1]
+        a = then**0.5 * (1 - now / then) / (1 - now)
+        b = (now / then) ** 0.5 * (1 - then) / (1 - now)
+        z = a * heard(model, images, step // 2, z, step / 4) + b * z
+    torch.testing.assert_close(model(images), model.labels(z).log_softmax(dim=1), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("schedule", ["sigmoid", "learned"])
+def test_the_probability_flow_keeps_the_noise_while_the_signal_level_rises(images, schedule):
+    """dz/dt = d√ᾱ/dt·û + d√(1−ᾱ)/dt·ε̂, ε̂ being the noise in z if û is right; ᾱ is the block's own where it learned one."""
+    model = untrained(method={"name": "ct", "schedule": schedule}, inference={"solver": "euler", "steps": 3})
+    own = model.blocks[0].gamma
+    if own is not None:
+        with torch.no_grad():  # not where it started
+            own.ends += torch.tensor([1.0, -2.0])
+            own.inner += 3
+    ends = [math.log(alpha / (1 - alpha)) for alpha in (model.card.method.alpha_min, model.card.method.alpha_max)]
+
+    def alpha_bar(time: torch.Tensor) -> torch.Tensor:
+        return torch.sigmoid(-own(time) if own is not None else ends[0] + (ends[1] - ends[0]) * time)
+
+    z = torch.zeros(len(images), 10)
+    for step in range(3):
+        time = torch.tensor(step / 3, requires_grad=True)
+        signal, noise = alpha_bar(time).sqrt(), (1 - alpha_bar(time)).sqrt()
+        rising, falling = (torch.autograd.grad(level, time, retain_graph=True)[0] for level in (signal, noise))
+        with torch.no_grad():
+            estimate = heard(model, images, 0, z, step / 3)
+            z = z + (rising * estimate + falling * (z - signal * estimate) / noise) / 3
+    expected = model.labels(z).log_softmax(dim=1).detach()
+    torch.testing.assert_close(model(images).detach(), expected, atol=1e-4, rtol=1e-4)

@@ -9,11 +9,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
 
 from noprop_dist.compare import main
 from noprop_dist.config import UserError
+from noprop_dist.report.curves import draw
 
 COMPARE = [sys.executable, "-m", "noprop_dist.compare"]
 QUICK = ["--train.steps", "6", "--train.eval_every", "2", "--data.batch_size", "32", "--parallel.threads", "1"]
@@ -134,3 +136,49 @@ def test_started_under_torchrun_it_says_how_to_start_it(monkeypatch):
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
     with pytest.raises(UserError, match=r"^compare: it starts ranks itself; start it plainly, .* --ranks N$"):
         main(["x.yaml"])
+
+
+def test_the_picture_has_a_line_a_card_against_epochs_and_against_seconds(tmp_path, monkeypatch):
+    from matplotlib.figure import Figure
+
+    def entry(card: str, path: str, *curves: list[tuple[int, float, float, float]]) -> dict:
+        points = [
+            [{"step": s, "epoch": s / 10, "seconds": t, "mean": m, "stochastic": n} for s, t, m, n in curve] for curve in curves
+        ]
+        return {"card": card, "path": path, "seeds": {str(seed): {"curve": curve} for seed, curve in enumerate(points)}}
+
+    first = entry(
+        "a", "mean", [(10, 1, 0.5, 0.1), (20, 2, 0.9, 0.2)], [(10, 3, 0.7, 0.1), (20, 4, 0.9, 0.2), (30, 5, 0.9, 0.2)]
+    )
+    drawn: list[Figure] = []
+    monkeypatch.setattr(Figure, "savefig", lambda self, *args, **settings: drawn.append(self))
+    draw([first, entry("b", "stochastic", [(10, 8, 0.5, 0.4)]), entry("failed", "mean")], tmp_path / "curves.png")
+    (figure,) = drawn
+    by_epoch, by_seconds = figure.axes
+    assert (by_epoch.get_xlabel(), by_seconds.get_xlabel(), by_epoch.get_ylabel()) == (
+        "epochs",
+        "seconds of training",
+        "test accuracy, %",
+    )
+    lines = [
+        {line.get_label(): (list(line.get_xdata()), list(line.get_ydata())) for line in axis.lines} for axis in figure.axes
+    ]
+    assert lines[0] == {"a": ([1, 2], pytest.approx([60, 90])), "b": ([1], pytest.approx([40]))}
+    assert lines[1] == {"a": ([2, 3], pytest.approx([60, 90])), "b": ([8], pytest.approx([40]))}
+    (band, _) = by_epoch.collections
+    assert (band.get_datalim(by_epoch.transData).y0, band.get_datalim(by_epoch.transData).y1) == pytest.approx((50, 90))
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["a", "b"]
+
+
+def test_other_data_do_not_pass_for_a_finished_run(tmp_path):
+    write_cards(tmp_path, d_own={"data": {"name": "npz"}, "model": {"blocks": 1}})
+    for name, value in (("one", 0), ("other", 200)):
+        images = np.random.default_rng(0).integers(value, 256, (60, 8, 8), dtype=np.uint8)
+        labels = np.arange(60) % 2
+        np.savez(tmp_path / f"{name}.npz", x_train=images, y_train=labels, x_test=images, y_test=labels)
+    command = ["d/own.yaml", "--out", "out", *QUICK, "--data.root"]
+    run(*command, "one.npz", cwd=tmp_path)
+    (tmp_path / "one.npz").rename(tmp_path / "moved.npz")
+    assert "finished before" in run(*command, "moved.npz", cwd=tmp_path).stdout
+    said = run(*command, "other.npz", cwd=tmp_path, expect=2).stderr
+    assert re.fullmatch(r"error: out/runs/d-own-0: has run on other data than other\.npz holds; choose another --out\n", said)

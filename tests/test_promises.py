@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from torch import nn
 
 from noprop_dist import Card, NoPropModel, train
 from noprop_dist.data import open_data
@@ -151,43 +154,86 @@ def test_a_different_seed_gives_different_blocks(small_card):
         assert blob != last_files(second)[name], name
 
 
-def test_only_allowed_messages_cross_and_every_byte_is_counted(small_card, on_ranks):
-    """Watches torch.distributed itself, from outside the program's own counter."""
-    card = small_card()
-    ranks, steps, blocks = 4, 6, 4
-    info = open_data(card.data).info
-    parameters = {tuple(p.shape) for p in NoPropModel(resolve(card, info), info).blocks.parameters()}
+def watch(card: Card, init_method: str) -> tuple[Any, list[tuple[str, int, np.ndarray]], list[int]]:
+    """Train, and watch torch.distributed itself, from outside the program's own counter.
 
-    def watched(rank: int, init_method: str) -> Any:
-        calls: list[tuple[str, int, tuple[int, ...], bool]] = []
-        quiet = {"init_process_group", "new_group", "destroy_process_group", "is_nccl_available", "is_initialized"}
-        for name in dir(dist):
-            function = getattr(dist, name)
-            if callable(function) and not isinstance(function, type) and name.islower() and name not in quiet:
-                setattr(dist, name, watch(name, function, rank, calls))
-        result = train(card, init_method)
-        sizes = [len(pack(block.state_dict())) for block in result.model.blocks] if result.model else []
-        return result.summary, calls, sizes
+    Gives the summary; every call's name, bytes sent and tensor, as it was then; and the sizes of the gathered blocks.
+    """
+    rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    calls: list[tuple[str, int, np.ndarray]] = []
+    quiet = {"init_process_group", "new_group", "destroy_process_group", "is_nccl_available", "is_initialized"}
 
-    def watch(name: str, function: Any, rank: int, calls: list[Any]) -> Any:
+    def noted(name: str, function: Any) -> Any:
         def call(*args: Any, **kwargs: Any) -> Any:
             tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor)]
             for tensor in tensors or [torch.empty(0)]:
+                assert not tensor.requires_grad
                 sends = name == "isend" or (name == "broadcast" and rank == 0)
                 copies = ranks - 1 if name == "broadcast" else 1
-                calls.append((name, sends * copies * tensor.nbytes, tuple(tensor.shape), tensor.requires_grad))
+                calls.append((name, sends * copies * tensor.nbytes, tensor.numpy().copy()))
             return function(*args, **kwargs)
 
         return call
 
-    results = on_ranks(ranks, watched)
+    for name in dir(dist):
+        function = getattr(dist, name)
+        if callable(function) and not isinstance(function, type) and name.islower() and name not in quiet:
+            setattr(dist, name, noted(name, function))
+    result = train(card, init_method)
+    return result.summary, calls, [len(pack(block.state_dict())) for block in result.model.blocks] if result.model else []
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_what_is_broadcast_is_pixels_and_values_of_the_label_space_never_a_gradient(small_card, on_ranks, name):
+    settings = {section: dict(values) for section, values in METHODS[name].items()}
+    settings["model"] = settings.get("model", {}) | {"blocks": 4}
+    card = small_card(**settings)
+
+    def watched(rank: int, init_method: str) -> Any:
+        from noprop_dist.trainer import Trainer
+
+        values: list[np.ndarray] = []
+        step, evaluate = Trainer._step, Trainer._evaluate
+
+        def remember(*spaces: nn.Module) -> None:
+            values.extend(np.concatenate([p.detach().numpy().flatten() for p in space.parameters()]) for space in spaces)
+
+        def before(self: Trainer, *args: Any) -> None:
+            remember(self.space)
+            step(self, *args)
+
+        def at(self: Trainer, *args: Any) -> Any:
+            remember(self.space, self.labels.inference)
+            return evaluate(self, *args)
+
+        Trainer._step, Trainer._evaluate = before, at  # type: ignore[method-assign]
+        summary, calls, _ = watch(card, init_method)
+        return summary, calls, values
+
+    results = on_ranks(2, watched)
+    assert {call for _, calls, _ in results for call, *_ in calls} == {"broadcast", "isend", "irecv"}
+    (summary, calls, values), (_, others, _) = results
+    assert sum(sent for _, sent, _ in (*calls, *others)) == sum(summary["bytes"].values())
+    floats = [message.flatten() for call, _, message in calls if call == "broadcast" and message.dtype != np.uint8]
+    learned = card.model.embedding != "one-hot"
+    assert sum(message.nbytes for message in floats) == summary["bytes"]["labels"] and bool(floats) == learned
+    for message in floats:
+        same = [np.array_equal(message, known[: len(message)]) for known in values]  # the embedding alone, or all of it
+        assert any(same), "something else than the label space's values"
+
+
+def test_only_allowed_messages_cross_and_every_byte_is_counted(small_card, on_ranks):
+    card = small_card()
+    ranks, steps, blocks = 4, 6, 4
+    info = open_data(card.data).info
+    parameters = {tuple(p.shape) for p in NoPropModel(resolve(card, info), info).blocks.parameters()}
+    results = on_ranks(ranks, lambda rank, init_method: watch(card, init_method))
     calls = [call for _, calls, _ in results for call in calls]
     assert {name for name, *_ in calls} == {"broadcast", "isend", "irecv"}
-    assert not any(requires_grad for *_, requires_grad in calls)
 
     counted = results[0][0]["bytes"]
     assert counted["gradients"] == counted["labels"] == 0
-    assert sum(size for _, size, *_ in calls) == sum(counted.values())
+    assert sum(size for _, size, _ in calls) == sum(counted.values())
 
     # twice the test set, at last the training set
     passes = [[100] * 3 + [60]] * 2 + [[100] * 14 + [37]]
@@ -204,7 +250,9 @@ def test_only_allowed_messages_cross_and_every_byte_is_counted(small_card, on_ra
 
     # each block of other ranks travels once, after the last step, with its length
     assert counted["weights"] == sum(8 + size for size in results[0][2][1:])
-    assert not parameters & {shape for _, _, shape, _ in calls if len(shape) > 1}, "a message has a parameter's shape"
+    assert not parameters & {tuple(tensor.shape) for *_, tensor in calls if tensor.ndim > 1}, (
+        "a message has a parameter's shape"
+    )
 
 
 def test_resident_feed_sends_nothing_per_step(small_card, on_ranks):

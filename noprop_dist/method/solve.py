@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torchdiffeq import odeint
 
-from noprop_dist.config import InferenceCard
+from noprop_dist.config import InferenceCard, UserError
 from noprop_dist.method.base import Denoise
 from noprop_dist.method.intervals import Intervals
 
@@ -19,7 +19,8 @@ _NAMES = {"auto": "heun2", "heun": "heun2"}
 def integrate(velocity: Callable[[Tensor, Tensor], Tensor], z: Tensor, grid: Tensor, card: InferenceCard) -> Tensor:
     """z (any shape) at the grid's end, from dz/dt = velocity(time, z) and z at its start.
 
-    grid: float64 (n+1,) rising times, the steps of a fixed-step solver; dopri5 takes its own between the ends.
+    grid: float64 (n+1,) rising times, the steps of a fixed-step solver; dopri5 takes its own between the ends. A NaN velocity
+    gives NaN. Raises UserError where dopri5 cannot keep to its tolerance.
     """
     name = _NAMES.get(card.solver, card.solver)
     ends = grid[[0, -1]].to(z.device)  # with the whole grid, odeint would keep z at all of its times
@@ -28,7 +29,13 @@ def integrate(velocity: Callable[[Tensor, Tensor], Tensor], z: Tensor, grid: Ten
         settings = {"rtol": card.tolerance, "atol": card.tolerance, "options": {"step_t": ends}}
     else:
         settings = {"options": {"grid_constructor": lambda function, state, times: grid.to(times)}}
-    result: Tensor = odeint(velocity, z, ends, method=name, **settings)[-1]
+    try:
+        result: Tensor = odeint(velocity, z, ends, method=name, **settings)[-1]
+    except AssertionError:  # dopri5's step has shrunk to nothing
+        if not velocity(ends[0], z).isfinite().all():
+            return torch.full_like(z, torch.nan)
+        advice = "raise it or take another inference.solver"
+        raise UserError(f"inference.tolerance: dopri5 cannot keep to {card.tolerance} with these blocks; {advice}") from None
     return result
 
 

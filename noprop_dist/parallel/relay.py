@@ -63,4 +63,4 @@ def relay(
     if rank != COORDINATOR:
         return None
     tally.blocks = dict(enumerate(torch.cat(rows).tolist()))
-    return tally.scores(segment.used)
+    return tally.scores(segment.guessing)

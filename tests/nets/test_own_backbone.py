@@ -112,3 +112,24 @@ def test_it_is_refused_before_ranks_meet_and_before_anything_is_written(own, sma
 
 def test_a_card_may_name_any_class():
     assert Card(model={"backbone": "a.b:C"}).model.backbone == "a.b:C"
+
+
+VIEW = f"""{MADE}    self.conv = nn.Conv2d(shape[0], 4, 3)
+
+    def forward(self, x):
+        return self.conv(x).view(len(x), -1)
+"""
+
+
+def test_what_fails_only_as_training_calls_it_is_refused_before_ranks_meet(own, small_card, monkeypatch):
+    """``view`` on images whose channels are last in memory."""
+    name = f"{own(VIEW)}:Net"
+    assert resolve_backbone(name, SHAPE) == name
+    assert train(small_card(model={"backbone": name}, train={"channels_last": False})).summary["steps"] == 6
+    monkeypatch.setattr("noprop_dist.launcher.World.connect", lambda self: pytest.fail("ranks met"))
+    card = small_card(model={"backbone": name}, run={"name": "refused"})
+    with pytest.raises(
+        UserError, match=rf"^model\.backbone: {name}: a training step raised RuntimeError: view .*\(own_\d+\.py:9\); mend"
+    ):
+        train(card)
+    assert not (card.run.dir / "refused").exists()
