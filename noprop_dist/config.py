@@ -52,7 +52,6 @@ BELONGS = {
     **dict.fromkeys(("method.partition", "method.overlap"), ("ct", "fm")),
     **dict.fromkeys(("inference.solver", "inference.steps", "inference.tolerance"), ("ct", "fm")),
     **dict.fromkeys(("method.label_noise", "model.embedding_lag", "inference.blocks"), LOCAL_METHODS),
-    **dict.fromkeys(("model.backbone", "model.dropout"), (*LOCAL_METHODS, "backprop", "cnn", "adjoint")),
     "method.sigma": ("fm",),
     "method.ode_steps": ("adjoint",),
 }

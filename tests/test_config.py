@@ -69,7 +69,6 @@ MISTAKES = [
     ("inference: {tolerance: 1e-9}", (), [("c.yaml", "inference.tolerance", "0.000001")]),
     ("optim: {schedule: one-cycle, warmup_steps: 5}", (), [("c.yaml", "optim.warmup_steps", "only with constant, cosine")]),
     ("data: {image_size: 32, workers: 4}", (), [("data.image_size", "only with imagefolder"), ("data.workers", "digits")]),
-    ("method: {name: liquid}\nmodel: {dropout: 0.5}", (), [("c.yaml", "model.dropout", "not to liquid")]),
     ("method: {name: fm, partition: equal-mass}", (), [("c.yaml", "method.partition", "raise --model.blocks")]),
     ("model: {embedding_lag: 5}", (), [("c.yaml", "model.embedding_lag", "nothing is sent")]),
     ("method: {name: fm}\nmodel: {head: mlp}", (), [("c.yaml", "model.head", "mlp", "--inference.readout head")]),
