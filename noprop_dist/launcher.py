@@ -37,10 +37,14 @@ class TrainResult:
     """What summary.json holds."""
     model: NoPropModel | None
     """The gathered model."""
+    stopped: bool = False
+    """On every rank: a signal stopped the run before its end, and all is saved; summary and model are still to come."""
 
 
 def train(card: Card | None = None, init_method: str = "env://") -> TrainResult:
     """Train as the card says, on the ranks that torchrun started (on one rank without it).
+
+    While it trains, SIGTERM and SIGINT (Ctrl-C) to any rank stop the run: it ends its step, saves a checkpoint and returns.
 
     Args:
         card: all settings; default: NoProp-DT on scikit-learn's digits.
@@ -67,14 +71,14 @@ def train(card: Card | None = None, init_method: str = "env://") -> TrainResult:
     )  # fmt: skip
     if ranks > 1 and world.device.type == "cuda" and world.backend == "gloo":
         log.info("batches travel through the host's memory: gloo carries them (ranks share a GPU, or the card asks for it)")
-    with _global_state(card, world.device):
+    with _global_state(card, world.device), world.interruption.listening():
         feed = Feed(card, info, world, plan.data)
         try:
             summary, model = Trainer(card, info, world, placement, feed, plan.folder).run(plan.start, plan.checkpoint)
         except UserError as error:
             raise UserError(f"rank {rank}: {error}") from None
     world.close()
-    return TrainResult(summary, model)
+    return TrainResult(summary, model, feed.stopped)
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ from noprop_dist.parallel.traffic import KINDS
 from noprop_dist.parallel.world import World
 from noprop_dist.report.board import Board
 from noprop_dist.report.console import Bar, log
-from noprop_dist.runs import RunFolder
+from noprop_dist.runs import RunFolder, evaluates
 
 PARTS = ("loss", "train accuracy", "gradient norm")
 FED = ("batches", "labels")
@@ -91,6 +91,16 @@ class RunLog:
             shapes = ", ".join(f"{name} {tuple(tensor.shape)} {tensor.dtype}" for name, tensor in tensors.items())
             log.info("block %d: %s", index, shapes)
 
+    def owes_evaluation(self) -> bool:
+        """Whether the run begins with an evaluation: one that was cut off, or all that is left of it. Every rank calls it."""
+
+        def missing() -> bool:
+            due = self._start > 0 and evaluates(self._card, self._info.train_size, self._start)
+            done = {point["step"] for point in self._history.curve} if self._history else set()
+            return self._start == self._total or (due and self._start not in done)
+
+        return bool(self._world.publish("evaluation", missing))
+
     def step(self, done: int, spread: Callable[[], float]) -> None:
         """``done`` steps are complete. Now and then, send this rank's means off and show those sent the time before.
 
@@ -100,7 +110,7 @@ class RunLog:
         self._bar.update(done)
         if done % self._card.train.log_every == 0 or done == self._total:
             with self.training():
-                self._flush()
+                self.flush()
                 mine = (self._sums / self._counted).flatten().cpu()  # waits for the device
             lengths = [len(PARTS) * len(owned) for owned in self._placement.ranges]
             now = {
@@ -131,7 +141,7 @@ class RunLog:
     def summary(self, scores: Scores | None, training: Scores | None) -> dict[str, Any]:
         """All of the end table, from the scores of test and training images, on the coordinator; nothing elsewhere. Every rank
         calls it."""
-        self._flush()
+        self.flush()
         world, card = self._world, self._card
         samples = (world.step - self._start) * card.data.batch_size
         traffic = world.traffic
@@ -204,7 +214,7 @@ class RunLog:
             epoch = self._world.step * self._card.data.batch_size / self._info.train_size
             self._history.note(self._world.step, epoch=epoch, **self._so_far, **figures)
 
-    def _flush(self) -> None:
+    def flush(self) -> None:
         """Show the scalars under way. They were sent long ago, so hardly anyone waits."""
         if self._under_way is None:
             return

@@ -28,6 +28,7 @@ FREE = {
     "data.workers",
     "run.dir",
     "run.name",
+    "run.stop_exit_code",
     "parallel",
     "inference",
     "debug.enabled",

@@ -28,8 +28,10 @@ def main(argv: list[str]) -> None:
         dry_run(card, rank_and_size()[1] if arguments.ranks is None else arguments.ranks)
     elif arguments.ranks is not None:
         raise UserError("command line: --ranks goes with --dry-run; start ranks with torchrun --nproc_per_node")
-    elif summary := train(card).summary:
-        print_summary(summary)
+    elif (result := train(card)).stopped:
+        raise SystemExit(card.run.stop_exit_code)
+    elif result.summary:
+        print_summary(result.summary)
 
 
 if __name__ == "__main__":

@@ -28,6 +28,7 @@ from noprop_dist.parallel.placement import Placement
 from noprop_dist.parallel.publication import Publication
 from noprop_dist.parallel.relay import relay
 from noprop_dist.parallel.world import World
+from noprop_dist.report.console import log as report
 from noprop_dist.runs import RunFolder, evaluates, total_steps
 from noprop_dist.saving import Saver
 from noprop_dist.seeding import derive
@@ -48,28 +49,42 @@ class Trainer:
         self.saver = Saver(world, placement, folder.checkpoints, card.train.keep_checkpoints)
 
     def run(self, start: int, checkpoint: Path | None) -> tuple[dict[str, Any], NoPropModel | None]:
-        """Train from step ``start`` to the end. Returns the summary and, on the coordinator, the gathered model."""
+        """Train from step ``start`` to the end. Returns the summary and, on the coordinator, the gathered model.
+
+        Where the run was asked to stop before its end, ``feed.stopped`` is set, everything is saved and there is neither.
+        """
         card, world = self.card, self.world
         world.step = start
         self._prepare_labels(checkpoint)
         with contextlib.closing(RunLog(card, self.info, world, self.placement, self.folder, self.total, checkpoint)) as log:
             batches = self.feed.train(start, self.total)
-            scores = self._evaluate(log) if start == self.total else None
-            for step in range(start, self.total):
+            saved = start
+            scores = self._evaluate(log) if log.owes_evaluation() else None
+            while world.step < self.total and not self.feed.stopped:
                 with log.training():
-                    self._step(step, next(batches), log)
+                    if (batch := next(batches, None)) is None:
+                        break
+                    self._step(world.step, batch, log)
                 log.step(world.step, self.space.spread)
                 last = world.step == self.total
                 evaluate = last or evaluates(card, self.info.train_size, world.step)
                 save = last or (card.train.checkpoint_every and world.step % card.train.checkpoint_every == 0)
                 if evaluate or save:
                     log.pause()
+                if save:  # first: an evaluation that is cut off is made up for
+                    checkpoint, saved = self._save(), world.step
                 if evaluate:
                     scores = self._evaluate(log)
-                if save:
-                    checkpoint = self.saver.save(card, self.info, self.blocks, self.labels, self.seen)
+            training = None if self.feed.stopped else self._score(self.feed.sample())
+            if self.feed.stopped:
+                log.pause()
+                log.flush()
+                if saved < world.step:
+                    checkpoint = self._save()
+                self._say_goodbye(checkpoint)
+                return {}, None
             model = self.saver.gather(card, self.info, self.blocks, self.labels)
-            summary = log.summary(scores, self._score(self.feed.sample()))
+            summary = log.summary(scores, training)
         if model is not None:
             model.save(self.folder.model)
             if start == self.total and self.folder.summary.exists():  # a finished run's figures stand
@@ -82,6 +97,14 @@ class Trainer:
             summary["files"] = {name: str(path) for name, path in parts.items()}
             files.write(self.folder.summary, json.dumps(summary, indent=1).encode())
         return summary, model
+
+    def _save(self) -> Path:
+        return self.saver.save(self.card, self.info, self.blocks, self.labels, self.seen)
+
+    def _say_goodbye(self, checkpoint: Path | None) -> None:
+        run, kept = self.folder.path.name, f"saved {checkpoint}" if checkpoint else "nothing was trained yet"
+        report.info("stopped by %s after step %d: %s", self.world.interruption.reason, self.world.step, kept)
+        report.info("to go on, start it again with --run.name %s", run)
 
     def _prepare_labels(self, checkpoint: Path | None) -> None:
         """The label space, its learner, and what blocks see of it; then everything as the checkpoint has it."""
@@ -121,8 +144,9 @@ class Trainer:
         return scores
 
     def _score(self, batches: Iterator[Batch]) -> Scores | None:
-        """The accuracies of the chain as it is now, on the coordinator. Every rank calls it."""
+        """The accuracies of the chain as it is now, on the coordinator; None where it was cut off. Every rank calls it."""
         blocks = {index: cast(Block, learner.inference) for index, learner in self.blocks.items()}
         labels = cast(LabelSpace, self.labels.inference)
         segment = Segment(self.card, blocks, self.seen.newest(labels), self.pixels)
-        return relay(self.card, self.world, self.placement, segment, labels, batches)
+        scores = relay(self.card, self.world, self.placement, segment, labels, batches)
+        return None if self.feed.stopped else scores

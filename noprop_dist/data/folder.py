@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from torchvision.transforms import v2
 
 from noprop_dist.config import DataCard, UserError
 from noprop_dist.data.info import DataInfo, DataSet, moments
+from noprop_dist.interruption import SIGNALS
 
 
 class FolderSplit:
@@ -33,6 +35,7 @@ class FolderSplit:
             num_workers=self._workers,
             collate_fn=_as_it_is,
             generator=torch.Generator(),  # else the loader draws from the global one, which is not its to disturb
+            worker_init_fn=_leave_signals_to_the_run,
         )
         for batch in loader:
             if isinstance(batch, str):
@@ -102,6 +105,12 @@ class _Pictures(Dataset[tuple[Tensor, Tensor]]):
                 why = " ".join(why.split())
                 return f"{self._folder.samples[row][0]}: not a readable picture ({why}); replace or remove it"
         return torch.stack(images), torch.tensor([self._folder.targets[row] for row in rows])
+
+
+def _leave_signals_to_the_run(worker: int) -> None:
+    """Ctrl-C and a job's end reach all of its processes; the run finishes its step, so it needs its workers until then."""
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _as_it_is(batch: Any) -> Any:

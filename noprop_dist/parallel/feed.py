@@ -1,6 +1,7 @@
 """Batches to every rank: streamed ahead of need, or picked by each rank from a resident copy of the data set.
 
-A streamed message is one uint8 tensor: the step (int64, 8 bytes), the labels (int32 each), the pixels (uint8).
+A message is one uint8 tensor: the step (int64, 8 bytes), then, where batches are streamed, labels (int32 each), pixels (uint8).
+Once the run is asked to stop, the coordinator sends STOP as the step, and so all ranks end after the same one.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from noprop_dist.parallel.traffic import PeerError, Pending, Wire
 from noprop_dist.parallel.world import World
 
 HEADER = 8  # bytes
+STOP = -1
 CHUNK = 64 << 20  # bytes of a resident data set per message
 SAMPLE = 10_000  # training images on which the finished chain's accuracy is measured
 
@@ -35,18 +37,24 @@ def message_size(batch: int, shape: tuple[int, int, int]) -> int:
     return HEADER + batch * (4 + channels * height * width)
 
 
-def pack(step: int, images: Tensor, labels: Tensor) -> Tensor:
-    """One uint8 message from uint8 images (B, C, H, W) and labels (B,)."""
+def pack(step: int, images: Tensor | None = None, labels: Tensor | None = None) -> Tensor:
+    """One uint8 message from a step and, of a streamed batch, uint8 images (B, C, H, W) and labels (B,)."""
     header = torch.tensor([step]).view(torch.uint8)
+    if images is None or labels is None:
+        return header
     return torch.cat([header, labels.to(torch.int32).view(torch.uint8), images.contiguous().flatten()])
 
 
-def unpack(message: Tensor, shape: tuple[int, int, int]) -> tuple[int | None, Batch]:
-    """The step (None for a message on a GPU: reading it would wait for all its work) and the batch; views where possible."""
+def unpack(message: Tensor, shape: tuple[int, int, int]) -> tuple[int, Batch]:
+    """The step and the batch (empty where none was packed); views where possible."""
     batch = (len(message) - HEADER) // (message_size(1, shape) - HEADER)
     labels = message[HEADER : HEADER + 4 * batch].view(torch.int32).long()
     images = message[HEADER + 4 * batch :].view(batch, *shape)
-    return None if message.is_cuda else int(message[:HEADER].view(torch.int64)), Batch(images, labels)
+    # on a stream of its own: on the current one, reading would first wait for all work under way
+    aside = torch.cuda.Stream(message.device) if message.is_cuda else None  # type: ignore[no-untyped-call]
+    with torch.cuda.stream(aside):  # does nothing with None
+        step = int(message[:HEADER].view(torch.int64))
+    return step, Batch(images, labels)
 
 
 class Feed:
@@ -54,17 +62,20 @@ class Feed:
 
     ``train(start, stop)`` yields the batches of those steps, ``test()`` the test set's, ``sample()`` the first training images.
     What step s holds is a pure function of (seed, s), so any step can come next. Data are there on the coordinator only.
+    Batches end early where the run was asked to stop; ``stopped`` tells.
     """
 
     def __init__(self, card: Card, info: DataInfo, world: World, data: DataSet | None) -> None:
         self._card, self._info, self._world = card, info, world
-        self._wire: Wire = world.wires["batches"]
+        self._streams = card.parallel.feed == "stream"
+        self._wire: Wire = world.wires["batches" if self._streams else "scalars"]
+        self.stopped = False
         self._splits: dict[str, Split | None] = {
             "train": data.train if data else None,
             "test": data.test if data else None,
         }
         self._resident: dict[str, Batch] = {}
-        if card.parallel.feed == "resident":
+        if not self._streams:
             self._resident = {
                 "train": self._broadcast_all("train", info.train_size),
                 "test": self._broadcast_all("test", info.test_size),
@@ -107,37 +118,42 @@ class Feed:
         return self._batches(name, indices, range(-(-size // batch_size)))
 
     def _batches(self, name: str, indices: Callable[[int], Tensor], steps: range) -> Iterator[Batch]:
-        if self._resident:
-            images, labels = self._resident[name]
-            for step in steps:
-                chosen = indices(step).to(labels.device)
-                yield Batch(images[chosen], labels[chosen])
-        else:
-            yield from self._stream(self._splits[name], indices, steps)
-
-    def _stream(self, split: Split | None, indices: Callable[[int], Tensor], steps: range) -> Iterator[Batch]:
-        """Post each batch ``prefetch`` steps ahead. All ranks run this, so their broadcasts are in the same order."""
+        """Announce each step ``prefetch`` steps ahead. All ranks run this, so their broadcasts are in the same order."""
+        split = self._splits[name] if self._streams else None
         source = iter(split.batches(indices(step) for step in steps)) if split else None
-        ahead = deque(self._post(step, source, len(indices(step))) for step in steps[: self._card.parallel.prefetch])
+        ahead = deque(self._announce(step, source, len(indices(step))) for step in steps[: self._card.parallel.prefetch])
         for step in steps:
             coming = step + self._card.parallel.prefetch
             if coming in steps:
-                ahead.append(self._post(coming, source, len(indices(coming))))
-            arrived, batch = unpack(ahead.popleft().wait(), self._info.shape)
-            if arrived not in (step, None):
-                raise PeerError(f"rank {self._world.rank} expected the batch of step {step}, got that of {arrived}")
-            yield Batch(*(tensor.to(self._world.device, non_blocking=True) for tensor in batch))
+                ahead.append(self._announce(coming, source, len(indices(coming))))
+            announced, batch = unpack(ahead.popleft().wait(), self._info.shape)
+            if announced == STOP:
+                self.stopped = True
+                for message in ahead:
+                    message.wait()
+                return
+            if announced != step:
+                raise PeerError(f"rank {self._world.rank} expected the batch of step {step}, got that of {announced}")
+            if self._streams:
+                yield Batch(*(tensor.to(self._world.device, non_blocking=True) for tensor in batch))
+            else:
+                images, labels = self._resident[name]
+                chosen = indices(step).to(labels.device)
+                yield Batch(images[chosen], labels[chosen])
 
-    def _post(self, step: int, source: Iterator[tuple[Tensor, Tensor]] | None, batch: int) -> Pending:
-        message = (
-            pack(step, *next(source))
-            if source
-            else torch.empty(message_size(batch, self._info.shape), dtype=torch.uint8, device=self._wire.device)
-        )
+    def _announce(self, step: int, source: Iterator[tuple[Tensor, Tensor]] | None, batch: int) -> Pending:
+        """Tell all ranks that ``step`` comes, with its batch where batches are streamed, or that the run stops."""
+        size = message_size(batch, self._info.shape) if self._streams else HEADER
+        message = torch.empty(size, dtype=torch.uint8, device=self._wire.device)
+        if self._world.is_coordinator:
+            if self._world.interruption.reason:
+                message[:HEADER] = pack(STOP)
+            else:
+                message = pack(step, *(next(source) if source else ()))
         return self._wire.broadcast(message, step)
 
     def _broadcast_all(self, name: str, size: int) -> Batch:
-        split = self._splits[name]
+        split, wire = self._splits[name], self._world.wires["batches"]
         loaded: list[tuple[Tensor, Tensor]] = []
 
         def load() -> bool:
@@ -149,7 +165,8 @@ class Feed:
         batches = []
         for start in range(0, size, chunk):
             part = slice(start, min(start + chunk, size))
-            source = iter([(images[part], labels[part]) for images, labels in loaded]) if loaded else None
-            message = self._post(start, source, part.stop - start).wait()
-            batches.append(unpack(message.to(self._world.device), self._info.shape)[1])
+            message = torch.empty(message_size(part.stop - start, self._info.shape), dtype=torch.uint8, device=wire.device)
+            for images, labels in loaded:
+                message = pack(start, images[part], labels[part])
+            batches.append(unpack(wire.broadcast(message, start).wait().to(self._world.device), self._info.shape)[1])
         return Batch(*(torch.cat(tensors) for tensors in zip(*batches, strict=True)))

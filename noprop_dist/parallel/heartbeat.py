@@ -1,4 +1,7 @@
-"""Signs of life: every second each rank writes a count and its step to the store, so that whoever fails can be named."""
+"""Signs of life: every second each rank writes a count and its step to the store, so that whoever fails can be named.
+
+The same beat brings a rank's wish to stop the run to the coordinator.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,8 @@ import threading
 
 from torch._C._distributed_c10d import Store  # what torch.distributed itself exports
 
-from noprop_dist.parallel.placement import Placement
+from noprop_dist.interruption import Interruption
+from noprop_dist.parallel.placement import COORDINATOR, Placement
 
 BEAT = 1.0  # seconds
 
@@ -14,8 +18,9 @@ BEAT = 1.0  # seconds
 class Heartbeat:
     """This rank's heartbeat, in a thread of its own, and a look at the others'. ``step`` is what this rank reports."""
 
-    def __init__(self, store: Store, placement: Placement, rank: int) -> None:
+    def __init__(self, store: Store, placement: Placement, rank: int, interruption: Interruption) -> None:
         self.step = 0
+        self._interruption = interruption
         self._store, self._placement, self._rank = store.clone(), placement, rank  # type: ignore[attr-defined]
         self._stopping = threading.Event()
         self._beat(0)
@@ -69,5 +74,13 @@ class Heartbeat:
             number += 1
             try:
                 self._beat(number)
+                self._pass_wishes_on()
             except RuntimeError:
                 return  # the store is gone, and the run with it
+
+    def _pass_wishes_on(self) -> None:
+        if self._rank == COORDINATOR:
+            if self._store.check(["stop"]):
+                self._interruption.ask(bytes(self._store.get("stop")).decode())
+        elif self._interruption.reason:
+            self._store.set("stop", f"{self._interruption.reason} at rank {self._rank}")

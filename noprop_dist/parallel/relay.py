@@ -60,7 +60,7 @@ def relay(
 
     counts = torch.tensor([tally.blocks.get(index, 0) for index in placement.ranges[rank]])
     rows = gather_rows(world, counts, [len(owned) for owned in placement.ranges]).wait()
-    if rank != COORDINATOR:
+    if rank != COORDINATOR or not tally.seen:  # asked to stop before the first batch
         return None
     tally.blocks = dict(enumerate(torch.cat(rows).tolist()))
     return tally.scores(segment.guessing)

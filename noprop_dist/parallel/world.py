@@ -22,6 +22,7 @@ from torch._C._distributed_c10d import HashStore, PrefixStore, Store  # what tor
 from torch.distributed.rendezvous import rendezvous
 
 from noprop_dist.config import ParallelCard, UserError
+from noprop_dist.interruption import Interruption
 from noprop_dist.parallel.heartbeat import Heartbeat
 from noprop_dist.parallel.placement import COORDINATOR, Placement
 from noprop_dist.parallel.traffic import CARRIED, PeerError, Traffic, Wire
@@ -54,7 +55,9 @@ class World:
         self.traffic = Traffic(self.rank)
         self.wires: dict[str, Wire] = {}
         self._store = self._meet(init_method)
-        self._heart = Heartbeat(self._store, placement, self.rank) if self.size > 1 else None
+        self.interruption = Interruption()
+        """Whether someone wants the run to stop: this rank's own users and, on the coordinator, all ranks'."""
+        self._heart = Heartbeat(self._store, placement, self.rank, self.interruption) if self.size > 1 else None
         self._step = 0
 
     @property
