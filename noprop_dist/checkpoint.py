@@ -37,7 +37,11 @@ def digest(blob: bytes) -> bytes:
 def commit(folder: Path, facts: Mapping[str, Any], digests: Mapping[str, bytes]) -> None:
     """Declare a checkpoint whole: write its manifest, with ``facts`` (step, card, data) and the files' SHA-256 sums."""
     manifest = {**facts, "sha256": {name: value.hex() for name, value in sorted(digests.items())}}
-    write(folder / MANIFEST, json.dumps(manifest, indent=1).encode())
+    write(folder / MANIFEST, json.dumps({**manifest, "own_sha256": _own_sum(manifest)}, indent=1).encode())
+
+
+def _own_sum(manifest: Mapping[str, Any]) -> str:
+    return digest(json.dumps(manifest, sort_keys=True).encode()).hex()
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
@@ -45,10 +49,13 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     remedy = "use another checkpoint or --train.resume never"
     try:
         manifest: dict[str, Any] = json.loads((folder / MANIFEST).read_text())
+        own: str = manifest.pop("own_sha256")
         sums: dict[str, str] = dict(manifest["sha256"])
         int(manifest["step"]), dict(manifest["card"]), dict(manifest["data"])
         if not sums:
             raise ValueError("it lists no files")
+        if own != _own_sum(manifest):
+            raise ValueError("its own SHA-256 is another one, it is damaged")
     except OSError as error:
         raise UserError(f"{folder / MANIFEST}: no whole checkpoint here ({error.strerror}); {remedy}") from None
     except (ValueError, KeyError, TypeError) as error:
@@ -78,11 +85,12 @@ def newest_whole(root: Path) -> tuple[Path | None, list[str]]:
     return None, refused
 
 
-def prune(root: Path, keep: int) -> None:
-    """Delete all but the newest ``keep`` finished checkpoints, and unfinished ones older than the newest."""
-    folders = sorted(root.glob("step-*"), reverse=True)
-    finished = [folder for folder in folders if (folder / MANIFEST).exists()]
-    for folder in folders[folders.index(finished[0]) :] if finished else []:
-        if folder not in finished[:keep]:
+def prune(newest: Path, keep: int) -> None:
+    """Delete what is older than ``newest``, a whole checkpoint, but for the ``keep`` - 1 finished ones next to it."""
+    folders = sorted(newest.parent.glob("step-*"), reverse=True)
+    older = folders[folders.index(newest) + 1 :]  # newer ones were passed over at the start: they are not whole
+    finished = [folder for folder in older if (folder / MANIFEST).exists()]
+    for folder in older:
+        if folder not in finished[: keep - 1]:
             (folder / MANIFEST).unlink(missing_ok=True)  # first: half a folder must not look whole
             shutil.rmtree(folder, ignore_errors=True)

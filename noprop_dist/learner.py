@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from noprop_dist.config import OptimCard
 from noprop_dist.method.schedule import LearnedSchedule
 
+STEPS, SKIPS = "steps", "skips"
+
 
 def learning_rate(card: OptimCard, step: int, total: int) -> float:
     """The learning rate of step 0…total−1: a pure function, so there is no scheduler state to save."""
@@ -38,33 +40,57 @@ def update(loss: Tensor, step: int, *learners: Learner) -> None:
         learner.optimizer.zero_grad(set_to_none=True)
     loss.backward()  # type: ignore[no-untyped-call]
     for learner in learners:
-        learner.apply(step)
+        learner.apply(step, loss.detach())
 
 
 class Learner:
-    """``module`` and its optimizer; ``inference`` is the module to predict with (its moving average where there is one)."""
+    """``module`` and its optimizer; ``inference`` is the module to predict with (its moving average where there is one).
 
-    def __init__(self, module: nn.Module, card: OptimCard, total_steps: int) -> None:
+    An update whose loss or gradient is not finite is skipped; after ``max_bad_steps`` of them in a row all later ones are (0:
+    never). ``skips``, int64 (2,) on the module's device, counts both: all so far, and those in a row.
+    """
+
+    def __init__(self, module: nn.Module, card: OptimCard, total_steps: int, max_bad_steps: int = 0) -> None:
         self.module = module
-        self._card, self._total = card, total_steps
+        self.steps = 0
+        """Steps done, skipped ones included."""
+        self._card, self._total, self._max_bad_steps = card, total_steps, max_bad_steps
         self._parameters = dict(module.named_parameters())
         self.optimizer = _optimizer(card, module)
         self.inference = copy.deepcopy(module).requires_grad_(False) if card.ema else module
+        self.skips = torch.zeros(2, dtype=torch.int64, device=next(module.parameters()).device)
+        self._buffers = [buffer.clone() for buffer in module.buffers()]
 
-    def apply(self, step: int) -> None:
-        """One optimizer step along the gradients that are there."""
+    def apply(self, step: int, loss: Tensor) -> None:
+        """One optimizer step along the gradients that are there; ``loss``: the scalar that they come from."""
+        norm = nn.utils.get_total_norm(self._gradients)
         if self._card.clip_norm:
-            nn.utils.clip_grad_norm_(self._parameters.values(), self._card.clip_norm)
+            nn.utils.clip_grads_with_norm_(self._parameters.values(), self._card.clip_norm, norm)
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self._card, step, self._total)
+        skip = self._count(~(loss + norm).isfinite())
+        self.optimizer.found_inf = skip.float()  # type: ignore[attr-defined]  # skips on the device: nobody waits to know
         self.optimizer.step()
+        for before, buffer in zip(self._buffers, self.module.buffers(), strict=True):
+            before.copy_(buffer.copy_(torch.where(skip, before, buffer)))
         if self.inference is not self.module:
             self._average()
+        self.steps = step + 1
+
+    def _count(self, bad: Tensor) -> Tensor:
+        """Note a step, ``bad`` (bool) or not; whether it is to be skipped."""
+        _, in_a_row = self.skips
+        skip = bad | (in_a_row >= self._max_bad_steps) if self._max_bad_steps else bad
+        self.skips.copy_(torch.stack([self.skips[0] + skip, (in_a_row + 1) * skip]))
+        return skip
+
+    @property
+    def _gradients(self) -> list[Tensor]:
+        return [parameter.grad for parameter in self._parameters.values() if parameter.grad is not None]
 
     def gradient_norm(self) -> float:
         """Euclidean norm of the last gradient (after clipping)."""
-        gradients = [parameter.grad for parameter in self._parameters.values() if parameter.grad is not None]
-        return float(nn.utils.get_total_norm(gradients))
+        return float(nn.utils.get_total_norm(self._gradients))
 
     @torch.no_grad()
     def _average(self) -> None:
@@ -77,6 +103,7 @@ class Learner:
     def state(self) -> dict[str, Tensor]:
         """Everything to be saved: ``model.*``, ``optimizer.<state>.<parameter>``, and ``ema.*`` where there is one."""
         tensors = {f"model.{name}": value for name, value in self.module.state_dict().items()}
+        tensors |= {STEPS: torch.tensor(self.steps), SKIPS: self.skips}
         for name, parameter in self._parameters.items():
             for key, value in self.optimizer.state.get(parameter, {}).items():
                 if isinstance(value, Tensor):
@@ -86,8 +113,12 @@ class Learner:
         return tensors
 
     def load(self, tensors: Mapping[str, Tensor]) -> None:
-        """Take back what :meth:`state` gave. Raises RuntimeError where names or shapes do not fit."""
+        """Take back what :meth:`state` gave. Raises RuntimeError, KeyError where names or shapes do not fit."""
         self.module.load_state_dict(_part(tensors, "model."))
+        self.steps = int(tensors[STEPS])
+        self.skips.copy_(tensors[SKIPS])
+        for before, buffer in zip(self._buffers, self.module.buffers(), strict=True):
+            before.copy_(buffer)
         if self.inference is not self.module:
             self.inference.load_state_dict(inference_state(tensors))
         for name, value in _part(tensors, "optimizer.").items():
@@ -114,7 +145,7 @@ def _optimizer(card: OptimCard, module: nn.Module) -> torch.optim.Optimizer:
     decayed = [parameter for parameter in module.parameters() if not any(parameter is other for other in free)]
     parameters: list[dict[str, Any]] = [{"params": decayed}, *([{"params": free, "weight_decay": 0.0}] if free else [])]
     if card.name == "sgd":
-        return torch.optim.SGD(
+        sgd = torch.optim.SGD(
             parameters,
             lr=card.lr,
             momentum=card.momentum,
@@ -122,5 +153,9 @@ def _optimizer(card: OptimCard, module: nn.Module) -> torch.optim.Optimizer:
             nesterov=card.momentum > 0,
             fused=True,
         )
+        if card.momentum:  # the optimizer itself would begin with whatever lies in memory where its first step is skipped
+            for parameter in module.parameters():
+                sgd.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter, requires_grad=False)
+        return sgd
     kind = torch.optim.AdamW if card.name == "adamw" else torch.optim.Adam
     return kind(parameters, lr=card.lr, weight_decay=card.weight_decay, fused=True)

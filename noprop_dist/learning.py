@@ -45,6 +45,8 @@ class Local:
         card, method, seen = self._card, self._method, self._seen
         u = seen.embedding[y]
         for index, learner in self._blocks.items():
+            if step < learner.steps:  # it was saved when another rank was lost, after the checkpoint
+                continue
             torch.manual_seed(derive(card.run.seed, "block", index, step))
             block = cast(Block, learner.module).train()
             draw = method.draw(index, u, seen.embedding[self._mislabel(y)], block.gamma)

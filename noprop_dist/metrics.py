@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import resource
 import sys
 import time
@@ -27,6 +28,8 @@ from noprop_dist.report.console import Bar, log
 from noprop_dist.runs import RunFolder, evaluates
 
 PARTS = ("loss", "train accuracy", "gradient norm")
+SKIPS = ("skipped updates", "in a row")
+ROWS = len(PARTS) + len(SKIPS)
 FED = ("batches", "labels")
 """Kinds of messages that training itself needs; the coordinator sends them all."""
 
@@ -36,6 +39,7 @@ class RunLog:
 
     Args:
         total: length of the run in steps.
+        skips: of this rank's blocks, then of its label space: :attr:`Learner.skips`.
         checkpoint: from which the run goes on, None at its beginning.
     """
 
@@ -48,6 +52,7 @@ class RunLog:
         folder: RunFolder,
         total: int,
         checkpoint: Path | None,
+        skips: list[Tensor],
     ) -> None:
         self._card, self._info, self._world, self._placement = card, info, world, placement
         self._start, self._total = world.step, total
@@ -55,12 +60,18 @@ class RunLog:
         self._history = History(folder.history, self._start, checkpoint) if world.is_coordinator else None
         self._bar = Bar(world.rank, self._start, total)
         self._first = placement.ranges[world.rank].start
-        self._sums = torch.zeros(len(PARTS), len(placement.ranges[world.rank]), dtype=torch.float64, device=world.device)
+        owned = len(placement.ranges[world.rank])
+        self._sums = torch.zeros(len(PARTS), owned, dtype=torch.float64, device=world.device)
+        self._added = torch.zeros(owned)  # steps that each block did
+        self._skips = skips
         self._counted = 0
         self._running = self._waiting = self._before = 0.0  # seconds of training, of waiting in them, and up to the last log
         self._fed = 0  # bytes that training took
         self._under_way: tuple[int, dict[str, float], Rows] | None = None
-        self._losses: dict[int, float] = {}
+        self._figures = torch.zeros(ROWS, card.units, dtype=torch.float64)  # of the last log interval, all blocks'
+        self._figures[0] = torch.nan
+        self._told: dict[str, float] = {}
+        self._mourned: set[str] = set()
 
     @contextlib.contextmanager
     def training(self) -> Iterator[None]:
@@ -83,6 +94,7 @@ class RunLog:
         """A block's loss (scalar) and the hits (B,) of its û on one batch. Does not synchronise with the device."""
         self._sums[0, index - self._first] += loss
         self._sums[1, index - self._first] += hits.double().mean()
+        self._added[index - self._first] += 1
 
     def debug(self, index: int, norm: float, tensors: Mapping[str, Tensor]) -> None:
         """With --debug: a block's gradient norm, and on the first step the shapes of what it computed."""
@@ -111,8 +123,8 @@ class RunLog:
         if done % self._card.train.log_every == 0 or done == self._total:
             with self.training():
                 self.flush()
-                mine = (self._sums / self._counted).flatten().cpu()  # waits for the device
-            lengths = [len(PARTS) * len(owned) for owned in self._placement.ranges]
+                mine = self._rows()  # waits for the device
+            lengths = [ROWS * len(owned) for owned in self._placement.ranges]
             now = {
                 "learning rate": learning_rate(self._card.optim, done - 1, self._total),
                 "samples per second": self._counted * self._card.data.batch_size / max(self._running - self._before, 1e-9),
@@ -123,7 +135,7 @@ class RunLog:
             now |= {f"bytes sent by rank 0/{kind}": count for kind, count in self._world.traffic.sent.items()}
             self._under_way = done, now, gather_rows(self._world, mine, lengths)
             self._before = self._running
-            self._sums.zero_()
+            self._sums.zero_(), self._added.zero_()
             self._counted = 0
 
     def scores(self, scores: Scores) -> None:
@@ -183,10 +195,12 @@ class RunLog:
                 {
                     "index": index,
                     "rank": self._placement.owner(index),
-                    "loss": self._losses.get(index),
+                    "loss": loss if math.isfinite(loss) else None,
                     "accuracy": used.get(index),
+                    "skipped_updates": int(skipped),
+                    "given_up": self._given_up(in_a_row),
                 }
-                for index in range(card.units)
+                for index, (loss, _, _, skipped, in_a_row) in enumerate(self._figures.T.tolist())
             ],
             "bytes": {kind: int(sum(row[len(own) + number] for row in rows)) for number, kind in enumerate(KINDS)},
             "bytes_per_step": whole["bytes"] / max(whole["steps"], 1),
@@ -220,19 +234,44 @@ class RunLog:
             return
         done, values, rows = self._under_way
         self._under_way = None
-        figures = [row.view(len(PARTS), -1) for row in rows.wait()]
+        figures = [row.view(ROWS, -1) for row in rows.wait()]
         if self._board is None:
             return
-        losses, accuracies, norms = torch.cat(figures, dim=1).tolist()
-        self._losses = dict(enumerate(losses))
-        for part, row in zip(PARTS, (losses, accuracies, norms), strict=True):
-            if part != "gradient norm" or self._card.debug.enabled:
+        self._figures = torch.cat(figures, dim=1)
+        debug = self._card.debug.enabled
+        for part, row in zip((*PARTS, *SKIPS), self._figures.tolist(), strict=True):
+            if part in PARTS[:2] or (part == "gradient norm" and debug) or (part == SKIPS[0] and any(row)):
                 values |= {_tag(index, part): value for index, value in enumerate(row)}
         self._board.scalars(done, values)
-        mean = sum(accuracies) / len(accuracies)
-        self._bar.update(done, f"loss {sum(losses) / len(losses):.4g}  û {mean:.1%}  {values['samples per second']:,.0f}/s")
-        if self._card.debug.enabled:
-            self._bar.say(f"step {done}: gradient norms {' '.join(f'{norm:.3g}' for norm in norms)}")
+        loss, hits = self._figures[:2].nanmean(dim=1).tolist()
+        self._bar.update(done, f"loss {loss:.4g}  û {hits:.1%}  {values['samples per second']:,.0f}/s")
+        if debug:
+            self._bar.say(f"step {done}: gradient norms {' '.join(f'{norm:.3g}' for norm in self._figures[2].tolist())}")
+        self._tell_of_skips(done)
+
+    def _rows(self) -> Tensor:
+        """This rank's part of a log line: ROWS figures for each of its blocks."""
+        skips = torch.stack(self._skips[:-1], dim=1).cpu()
+        return torch.cat([self._sums.cpu() / self._added, skips]).flatten()
+
+    def _tell_of_skips(self, done: int) -> None:
+        names = {f"block {index}": figures for index, figures in enumerate(self._figures[len(PARTS) :].T.tolist())}
+        for name, (skipped, in_a_row) in (names | {"the label space": self._skips[-1].tolist()}).items():
+            if skipped <= self._told.get(name, 0) or name in self._mourned:
+                continue
+            self._told[name] = skipped
+            if self._given_up(in_a_row):
+                self._mourned.add(name)
+                log.error(
+                    "STEP %d: %s IS NO LONGER TRAINED: %d steps in a row had no finite loss or gradient. It stays as it was, "
+                    "the others go on. Go back to a checkpoint before it, with a lower --optim.lr or with --optim.clip_norm 1",
+                    done, name.upper(), in_a_row,
+                )  # fmt: skip
+            else:
+                log.warning("step %d: %s: %d updates skipped so far: loss or gradient not finite", done, name, skipped)
+
+    def _given_up(self, in_a_row: float) -> bool:
+        return 0 < self._card.train.max_bad_steps <= in_a_row
 
 
 def peak_memory(device: torch.device) -> int:

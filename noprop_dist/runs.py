@@ -51,6 +51,11 @@ class RunFolder:
         return self.path / "checkpoints"
 
     @property
+    def rescue(self) -> Path:
+        """Folder of blocks that were saved alone, when another rank was lost: a checkpoint of a single block each."""
+        return self.path / "rescue"
+
+    @property
     def model(self) -> Path:
         """Folder of the gathered model."""
         return self.path / "model"

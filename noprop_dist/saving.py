@@ -5,6 +5,7 @@ from __future__ import annotations
 import secrets
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,6 +21,7 @@ from noprop_dist.parallel.placement import Placement
 from noprop_dist.parallel.publication import Publication
 from noprop_dist.parallel.scalars import gather_rows
 from noprop_dist.parallel.world import World
+from noprop_dist.runs import differences, total_steps, trained_as
 
 MARK = ".run"
 
@@ -28,6 +30,10 @@ class Saver:
     """Saves and restores this rank's learners, together with all other ranks.
 
     A rank that sees the coordinator's folder writes its own files there; the others' travel to the coordinator.
+
+    Args:
+        root: folder of the checkpoints.
+        keep: how many of them stay.
     """
 
     def __init__(self, world: World, placement: Placement, root: Path, keep: int) -> None:
@@ -55,9 +61,9 @@ class Saver:
             digests = {checkpoint.block_file(index): bytes(row.tolist()) for index, row in enumerate(sums)}
             blob = pack(labels.state() | seen.state())
             write(folder / checkpoint.LABELS, blob)
-            facts = {"step": world.step, "card": card.model_dump(mode="json"), "data": info.to_json()}
-            checkpoint.commit(folder, facts, digests | {checkpoint.LABELS: checkpoint.digest(blob)})
-            checkpoint.prune(self._root, self._keep)
+            checkpoint.commit(folder, _facts(world.step, card, info), digests | {checkpoint.LABELS: checkpoint.digest(blob)})
+            checkpoint.read_manifest(folder)  # reads all of it again: nothing older goes before this one is known to be whole
+            checkpoint.prune(folder, self._keep)
         return folder
 
     def restore(self, folder: Path, blocks: Mapping[int, Learner], labels: Learner, seen: Publication) -> None:
@@ -92,6 +98,40 @@ class Saver:
             return None
         parts: dict[int, dict[str, Tensor]] = {index: unpack(blob) for index, blob in (mine | theirs).items()}
         return NoPropModel.from_parts(card, info, parts, labels.inference.state_dict())
+
+
+def rescue(root: Path, card: Card, info: DataInfo, blocks: Mapping[int, Learner]) -> None:
+    """Without the other ranks: save each block as a checkpoint of its own under ``root``. Raises UserError."""
+    for index, learner in blocks.items():
+        own, name, blob = root / f"block-{index:02d}", checkpoint.block_file(index), pack(learner.state())
+        folder = checkpoint.step_folder(own, learner.steps)
+        write(folder / name, blob)
+        checkpoint.commit(folder, _facts(learner.steps, card, info), {name: checkpoint.digest(blob)})
+        checkpoint.prune(folder, 1)
+
+
+def recall(root: Path, card: Card, info: DataInfo, blocks: Mapping[int, Learner]) -> list[int]:
+    """Take those of ``blocks`` that :func:`rescue` saved further on than they are, by the same card. Returns their indices.
+
+    Such a block waits until the run has reached its step.
+    """
+    taken = []
+    for index, learner in blocks.items():
+        folder, _ = checkpoint.newest_whole(root / f"block-{index:02d}")
+        if not folder:
+            continue
+        manifest, total = checkpoint.read_manifest(folder), total_steps(card, info.train_size)
+        then, data = trained_as(folder, manifest)
+        same = data == info and not differences(manifest["card"], card.model_dump(mode="json"))
+        if same and total_steps(then, data.train_size) == total and learner.steps < manifest["step"] <= total:
+            path = folder / checkpoint.block_file(index)
+            _load(learner, read(path), path)
+            taken.append(index)
+    return taken
+
+
+def _facts(step: int, card: Card, info: DataInfo) -> dict[str, Any]:
+    return {"step": step, "card": card.model_dump(mode="json"), "data": info.to_json()}
 
 
 def _load(learner: Learner | Publication, blob: bytes, path: Path) -> None:

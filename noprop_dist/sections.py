@@ -140,6 +140,8 @@ class TrainCard(Section):
     """Steps between checkpoints; 0: only at the end."""
     keep_checkpoints: int = Field(2, ge=1)
     """How many of the newest checkpoints stay on disk."""
+    max_bad_steps: int = Field(10, ge=0)
+    """An update whose loss or gradient is not finite is skipped; after so many in a row that block stays as it is; 0: never."""
     resume: str = "auto"
     """auto: continue this run from its newest whole checkpoint; never: refuse an old run's folder; or a checkpoint's path."""
 

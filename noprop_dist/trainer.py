@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, cast
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from noprop_dist import files
 from noprop_dist.chain import Scores, Segment
-from noprop_dist.config import Card
+from noprop_dist.config import Card, UserError
 from noprop_dist.data import DataInfo, Pixels, medoids
 from noprop_dist.learner import Learner
 from noprop_dist.learning import make_lesson, travelling
@@ -27,10 +28,11 @@ from noprop_dist.parallel.feed import Batch, Feed
 from noprop_dist.parallel.placement import Placement
 from noprop_dist.parallel.publication import Publication
 from noprop_dist.parallel.relay import relay
+from noprop_dist.parallel.traffic import PeerError
 from noprop_dist.parallel.world import World
 from noprop_dist.report.console import log as report
 from noprop_dist.runs import RunFolder, evaluates, total_steps
-from noprop_dist.saving import Saver
+from noprop_dist.saving import Saver, recall, rescue
 from noprop_dist.seeding import derive
 
 
@@ -43,7 +45,7 @@ class Trainer:
         self.total = total_steps(card, info.train_size)
         self.pixels = Pixels(card.data, info)
         self.blocks = {
-            index: Learner(fresh_block(card, info, index, world.device), card.optim, self.total)
+            index: Learner(fresh_block(card, info, index, world.device), card.optim, self.total, card.train.max_bad_steps)
             for index in placement.ranges[world.rank]
         }
         self.saver = Saver(world, placement, folder.checkpoints, card.train.keep_checkpoints)
@@ -52,11 +54,20 @@ class Trainer:
         """Train from step ``start`` to the end. Returns the summary and, on the coordinator, the gathered model.
 
         Where the run was asked to stop before its end, ``feed.stopped`` is set, everything is saved and there is neither.
+        Raises PeerError where another rank fails, after this rank has saved its own blocks.
         """
+        self.world.step = start
+        try:
+            return self._run(start, checkpoint)
+        except PeerError as error:
+            raise PeerError(f"{error}; {self._rescue(start)}") from error
+
+    def _run(self, start: int, checkpoint: Path | None) -> tuple[dict[str, Any], NoPropModel | None]:
         card, world = self.card, self.world
-        world.step = start
         self._prepare_labels(checkpoint)
-        with contextlib.closing(RunLog(card, self.info, world, self.placement, self.folder, self.total, checkpoint)) as log:
+        skips = [learner.skips for learner in (*self.blocks.values(), self.labels)]
+        log = RunLog(card, self.info, world, self.placement, self.folder, self.total, checkpoint, skips)
+        with contextlib.closing(log):
             batches = self.feed.train(start, self.total)
             saved = start
             scores = self._evaluate(log) if log.owes_evaluation() else None
@@ -96,10 +107,20 @@ class Trainer:
             summary["parameters"] = {"block": sizes[0], "total": sizes[1]}
             summary["files"] = {name: str(path) for name, path in parts.items()}
             files.write(self.folder.summary, json.dumps(summary, indent=1).encode())
+        shutil.rmtree(self.folder.rescue, ignore_errors=True)
         return summary, model
 
     def _save(self) -> Path:
         return self.saver.save(self.card, self.info, self.blocks, self.labels, self.seen)
+
+    def _rescue(self, start: int) -> str:
+        """Save what this rank has trained, without the others. Says what became of it."""
+        trained = {index: learner for index, learner in self.blocks.items() if learner.steps > start}
+        try:
+            rescue(self.folder.rescue, self.card, self.info, trained)
+        except UserError as error:
+            return f"could not save its own blocks: {error}"
+        return f"its own blocks are saved in {self.folder.rescue}" if trained else "its own blocks have learnt nothing since"
 
     def _say_goodbye(self, checkpoint: Path | None) -> None:
         run, kept = self.folder.path.name, f"saved {checkpoint}" if checkpoint else "nothing was trained yet"
@@ -111,10 +132,12 @@ class Trainer:
         card, world = self.card, self.world
         prototypes = self._prototypes() if card.model.embedding == "prototype" and not checkpoint else None
         self.space = fresh_labels(card, self.info, world.device, prototypes)
-        self.labels = Learner(self.space, card.optim, self.total)
+        self.labels = Learner(self.space, card.optim, self.total, card.train.max_bad_steps)
         self.seen = Publication(world, self.space, travelling(card, self.space), card.model.embedding_lag)
         if checkpoint:
             self.saver.restore(checkpoint, self.blocks, self.labels, self.seen)
+        if card.train.resume == "auto" and (taken := recall(self.folder.rescue, card, self.info, self.blocks)):
+            report.warning("blocks %s go on from where they were when another rank was lost", ", ".join(map(str, taken)))
         self.seen.begin()
         self.lesson = make_lesson(card, self.blocks, self.labels, self.seen.space, world.is_coordinator)
 

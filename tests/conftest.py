@@ -45,39 +45,45 @@ def small_card(tmp_path: Path) -> Callable[..., Card]:
 
 @pytest.fixture
 def on_ranks(tmp_path: Path) -> Callable[..., list[Any]]:
-    """``on_ranks(n, work)``: call ``work(rank, init_method)`` in n forked processes and return their results by rank.
-
-    A rank that raises gives its exception as its result, if ``check`` is off; otherwise the test fails with its traceback.
-    """
+    """``on_ranks(n, work)``: see :func:`fork_ranks`."""
     calls = iter(range(1000))
 
     def call(ranks: int, work: Callable[[int, str], Any], *, check: bool = True, timeout: float = 120) -> list[Any]:
-        fork = multiprocessing.get_context("fork")
-        init_method = f"file://{tmp_path}/meet-{next(calls)}"
-        processes, pipes = [], []
-        for rank in range(ranks):
-            ours, theirs = fork.Pipe(duplex=False)
-            process = fork.Process(target=_rank, args=(rank, ranks, work, init_method, theirs), daemon=True)
-            process.start()
-            theirs.close()
-            processes.append(process)
-            pipes.append(ours)
-        results = []
-        for rank, (process, pipe) in enumerate(zip(processes, pipes, strict=True)):
-            try:
-                results.append(pipe.recv() if pipe.poll(timeout) else TimeoutError(f"rank {rank} said nothing"))
-            except EOFError:
-                process.join()
-                results.append(ChildProcessError(f"rank {rank} ended with {process.exitcode}"))
-        for process in processes:
-            process.kill()
-            process.join()
-        failures = [result for result in results if isinstance(result, BaseException)]
-        if check and failures:
-            raise failures[0]
-        return results
+        return fork_ranks(tmp_path / f"meet-{next(calls)}", ranks, work, check=check, timeout=timeout)
 
     return call
+
+
+def fork_ranks(
+    meeting: Path, ranks: int, work: Callable[[int, str], Any], *, check: bool = True, timeout: float = 120
+) -> list[Any]:
+    """Call ``work(rank, init_method)`` in forked processes that meet at a new file, and return their results by rank.
+
+    A rank that raises gives its exception as its result, if ``check`` is off; otherwise the first of them is raised.
+    """
+    fork = multiprocessing.get_context("fork")
+    processes, pipes = [], []
+    for rank in range(ranks):
+        ours, theirs = fork.Pipe(duplex=False)
+        process = fork.Process(target=_rank, args=(rank, ranks, work, f"file://{meeting}", theirs), daemon=True)
+        process.start()
+        theirs.close()
+        processes.append(process)
+        pipes.append(ours)
+    results = []
+    for rank, (process, pipe) in enumerate(zip(processes, pipes, strict=True)):
+        try:
+            results.append(pipe.recv() if pipe.poll(timeout) else TimeoutError(f"rank {rank} said nothing"))
+        except EOFError:
+            process.join()
+            results.append(ChildProcessError(f"rank {rank} ended with {process.exitcode}"))
+    for process in processes:
+        process.kill()
+        process.join()
+    failures = [result for result in results if isinstance(result, BaseException)]
+    if check and failures:
+        raise failures[0]
+    return results
 
 
 def _rank(rank: int, ranks: int, work: Callable[[int, str], Any], init_method: str, pipe: Any) -> None:

@@ -2,6 +2,7 @@ import ast
 import errno
 import json
 import os
+import random
 from pathlib import Path
 
 import pytest
@@ -140,8 +141,11 @@ def truncate(path):
 
 
 def change_manifest(folder, **values):
-    manifest = json.loads((folder / MANIFEST).read_text())
-    (folder / MANIFEST).write_text(json.dumps(manifest | values))
+    """By someone who knows how."""
+    manifest = json.loads((folder / MANIFEST).read_text()) | values
+    sums = {name: bytes.fromhex(value) for name, value in manifest.pop("sha256").items()}
+    del manifest["own_sha256"]
+    commit(folder, manifest, sums)
 
 
 DAMAGES = {
@@ -172,6 +176,21 @@ def test_a_damaged_checkpoint_is_passed_over_with_the_reason(tmp_path, damage, w
     assert newest_whole(tmp_path)[0] is None
 
 
+def test_a_checkpoint_cut_at_any_byte_or_with_any_bit_flipped_is_not_whole(tmp_path):
+    folder = save(tmp_path, 1)
+    dice = random.Random(0)
+    for path in sorted(folder.iterdir()):
+        blob = path.read_bytes()
+        for place in range(len(blob)):
+            flipped = blob[:place] + bytes([blob[place] ^ 1 << dice.randrange(8)]) + blob[place + 1 :]
+            for damaged in (blob[:place], flipped):
+                path.write_bytes(damaged)
+                with pytest.raises(UserError, match=path.name):
+                    read_manifest(folder)
+        path.write_bytes(blob)
+    assert read_manifest(folder)["step"] == 1
+
+
 def test_a_manifest_cannot_vouch_for_a_file_outside_its_folder(tmp_path):
     folder = save(tmp_path, 1)
     (tmp_path / "x").write_bytes(b"outside")
@@ -180,31 +199,34 @@ def test_a_manifest_cannot_vouch_for_a_file_outside_its_folder(tmp_path):
         read_manifest(folder)
 
 
-def test_pruning_keeps_the_newest_whole_checkpoints(tmp_path):
+def test_pruning_keeps_the_newest_finished_checkpoints(tmp_path):
     for step in (1, 2, 3, 4, 5, 6):
         save(tmp_path, step)
     for unfinished in (3, 5):
         (step_folder(tmp_path, unfinished) / MANIFEST).unlink()
-    prune(tmp_path, 2)
+    prune(step_folder(tmp_path, 6), 2)
     assert [path.name for path in sorted(tmp_path.iterdir())] == ["step-00000004", "step-00000006"]
     assert newest_whole(tmp_path)[0] == step_folder(tmp_path, 6)
 
 
-def test_pruning_leaves_a_checkpoint_alone_that_is_still_being_written(tmp_path):
+@pytest.mark.parametrize("damage", [lambda folder: (folder / MANIFEST).unlink(), lambda folder: flip(folder / block_file(0))])
+def test_a_damaged_newer_checkpoint_never_costs_the_last_good_one(tmp_path, damage):
+    """The run fell back to an older one, and now saves after it."""
     for step in (1, 2, 3):
         save(tmp_path, step)
-    (step_folder(tmp_path, 3) / MANIFEST).unlink()
-    prune(tmp_path, 1)
-    assert [path.name for path in sorted(tmp_path.iterdir())] == ["step-00000002", "step-00000003"]
+    damage(step_folder(tmp_path, 3))
+    prune(step_folder(tmp_path, 2), 1)
+    assert newest_whole(tmp_path)[0] == step_folder(tmp_path, 2)
+    assert not step_folder(tmp_path, 1).exists()
 
 
-@pytest.mark.parametrize("steps", [(), (1,), (1, 2)])
+@pytest.mark.parametrize("steps", [(1,), (1, 2)])
 def test_pruning_fewer_than_asked_for_deletes_nothing(tmp_path, steps):
     for step in steps:
         save(tmp_path, step)
     (tmp_path / "notes.txt").write_text("mine")
     before = tree(tmp_path)
-    prune(tmp_path, 2)
+    prune(step_folder(tmp_path, steps[-1]), 2)
     assert tree(tmp_path) == before
 
 

@@ -101,7 +101,7 @@ def test_the_optimizers_memory_is_part_of_what_is_saved(optim):
     """Else the test above would be true of nothing."""
     through, forgetful = (Learner(make(), OptimCard(lr=1e-2, **optim), 6) for _ in range(2))
     train(through, range(3))
-    forgetful.load({name: value for name, value in through.state().items() if name.startswith("model.")})
+    forgetful.load({name: value for name, value in through.state().items() if not name.startswith("optimizer.")})
     train(through, range(3, 6))
     train(forgetful, range(3, 6))
     assert not torch.equal(through.module[0].weight, forgetful.module[0].weight)
@@ -176,3 +176,48 @@ def test_each_step_has_the_rate_of_its_schedule():
         before = learner.module.weight.item()
         update(learner.module.weight.sum(), step, learner)
         assert before - learner.module.weight.item() == pytest.approx(LR * min(1, (step + 1) / 4), rel=1e-5)
+
+
+def spoil(learner, step, value):
+    """A step whose loss and gradient are ``value``, and whose forward pass has spoilt the module's statistics."""
+    x = torch.full((8, 2, 6, 6), value)
+    update(learner.module(x).sum(), step, learner)
+
+
+@pytest.mark.parametrize("optim", [*OPTIMIZERS, {"ema": 0.5}])
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_an_update_that_is_not_finite_leaves_everything_as_it_was(optim, value):
+    """Also the optimizer's own memory, be it the first step or a later one."""
+    hurt, spared = (Learner(make(), OptimCard(lr=1e-2, **optim), 6) for _ in range(2))
+    spoil(hurt, 0, value)
+    train(hurt, range(1, 3))
+    train(spared, range(1, 3))
+    spoil(hurt, 3, value)
+    train(hurt, range(4, 6))
+    train(spared, range(4, 6))
+    assert pack(hurt.module.state_dict()) == pack(spared.module.state_dict())
+    assert all(parameter.isfinite().all() for parameter in hurt.module.parameters())
+    assert hurt.skips.tolist() == [2, 0]
+
+
+def test_a_large_finite_loss_with_an_infinite_gradient_is_skipped_too():
+    learner = Learner(nn.Linear(1, 1, bias=False), OptimCard(), 1)
+    before = learner.module.weight.item()
+    weight = learner.module.weight
+    update((weight - weight.detach()).abs().sum().sqrt(), 0, learner)  # 0, of infinite slope
+    assert learner.module.weight.item() == before and learner.skips.tolist() == [1, 1]
+
+
+def test_after_so_many_bad_steps_in_a_row_it_stays_as_it_is_also_over_a_resume():
+    learner, other = (Learner(make(), OptimCard(), 20, max_bad_steps=3) for _ in range(2))
+    for step in (0, 1, 3, 4, 5):
+        if step == 3:
+            train(learner, [2])
+        spoil(learner, step, math.nan)
+    assert learner.skips.tolist() == [5, 3]
+    before = pack(learner.module.state_dict())
+    train(learner, range(6, 8))
+    other.load(unpack(pack(learner.state())))
+    train(other, range(8, 10))
+    assert pack(learner.module.state_dict()) == before == pack(other.module.state_dict())
+    assert other.skips.tolist() == [9, 7]

@@ -51,7 +51,9 @@ def test_a_run_leaves_everything_it_promises(trained):
     folder, result = trained
     summary = json.loads((folder / "summary.json").read_text())
     assert summary["ranks"] == 2 and summary["steps"] == 8
-    assert [set(block) for block in summary["blocks"]] == [{"index", "rank", "loss", "accuracy"}] * 4
+    assert [set(block) for block in summary["blocks"]] == [
+        {"index", "rank", "loss", "accuracy", "skipped_updates", "given_up"}
+    ] * 4
     assert [block["rank"] for block in summary["blocks"]] == [0, 0, 1, 1]
     assert list(summary["bytes"]) == ["batches", "labels", "scalars", "latents", "weights", "gradients"]
     assert summary["bytes"]["gradients"] == 0 < summary["bytes"]["weights"]
