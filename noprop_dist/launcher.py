@@ -61,7 +61,7 @@ def train(card: Card | None = None, init_method: str = "env://") -> TrainResult:
     placement = place([1.0] * card.units, ranks)  # blocks of one card are alike
     threads = set_threads(card.parallel)
     world = World(card.parallel, placement, init_method)
-    plan = _agree(card, threads, world)
+    plan = agree(card, threads, world)
     world.connect()
     card, info = plan.card, plan.info
     log.info(
@@ -82,7 +82,7 @@ def train(card: Card | None = None, init_method: str = "env://") -> TrainResult:
 
 
 @dataclass(frozen=True)
-class _Plan:
+class Plan:
     """What all ranks have agreed on. ``data`` is there on the coordinator only."""
 
     card: Card
@@ -93,8 +93,11 @@ class _Plan:
     start: int
 
 
-def _agree(card: Card, threads: int, world: World) -> _Plan:
-    """Check what only one rank can check, and tell the others, at the store: before any process group is formed."""
+def agree(card: Card, threads: int, world: World) -> Plan:
+    """Check what only one rank can check, and tell the others, at the store: before any process group is formed.
+
+    Raises UserError for a mistake in card, data or files.
+    """
     opened: list[DataSet] = []
 
     def open_and_check() -> dict[str, Any]:
@@ -114,7 +117,7 @@ def _agree(card: Card, threads: int, world: World) -> _Plan:
     card = card.model_copy(update={"parallel": parallel})
     name, checkpoint, start = world.publish("start", lambda: _begin(card, info))
     card, folder = _with_name(card, name), RunFolder(card.run.dir / name)
-    return _Plan(card, info, opened[0] if opened else None, folder, Path(checkpoint) if checkpoint else None, start)
+    return Plan(card, info, opened[0] if opened else None, folder, Path(checkpoint) if checkpoint else None, start)
 
 
 def check_baseline(card: Card, ranks: int) -> None:

@@ -10,22 +10,52 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from noprop_dist.config import LOCAL_METHODS, Card
+from noprop_dist.data import Pixels
 from noprop_dist.learner import Learner, update
 from noprop_dist.method import make_method
-from noprop_dist.method.base import squared_loss
-from noprop_dist.metrics import RunLog
+from noprop_dist.method.base import Gamma, squared_loss
 from noprop_dist.nets.block import Block
 from noprop_dist.nets.labels import LabelSpace, nearest
-from noprop_dist.nets.precision import autocast
+from noprop_dist.nets.precision import autocast, lay_out
 from noprop_dist.seeding import derive
+
+
+class Log(Protocol):
+    """Who wants to know what a step was like, see :class:`~noprop_dist.metrics.RunLog`."""
+
+    def add(self, index: int, loss: Tensor, hits: Tensor) -> None: ...
+
+    def debug(self, index: int, norm: float, tensors: Mapping[str, Tensor]) -> None: ...
 
 
 class Lesson(Protocol):
     """Everything random in it is seeded by (run.seed, what it is for, step): neither ranks nor resumes matter."""
 
-    def teach(self, step: int, x: Tensor, y: Tensor, log: RunLog) -> None:
+    def teach(self, step: int, x: Tensor, y: Tensor, log: Log) -> None:
         """One optimizer step of this rank's modules on images x (B, C, H, W), ready for a network, and labels y (B,)."""
         ...
+
+
+def prepare(card: Card, pixels: Pixels, step: int, images: Tensor) -> Tensor:
+    """What networks see of uint8 images (B, C, H, W) in a training step: augmented, normalised, laid out."""
+    torch.manual_seed(derive(card.run.seed, "augment", step))
+    return lay_out(card.train, pixels.normalise(pixels.augment(images)))
+
+
+class LabelLesson:
+    """NoProp: what the label space learns, from labels alone. ``gamma``: the schedule that a single block learns."""
+
+    def __init__(self, card: Card, labels: Learner, gamma: Gamma | None = None) -> None:
+        self._card, self._labels, self._gamma = card, labels, gamma
+        self._method = make_method(card)
+
+    def teach(self, step: int, y: Tensor) -> None:
+        """One optimizer step on labels y (B,)."""
+        torch.manual_seed(derive(self._card.run.seed, "labels", step))
+        own = cast(LabelSpace, self._labels.module)
+        u = own.embedding[y]
+        loss = cross_entropy(own(self._method.final_latent(u, self._gamma)), y) + self._method.prior_loss(u, self._gamma)
+        update(loss, step, self._labels)
 
 
 class Local:
@@ -37,10 +67,12 @@ class Local:
     """
 
     def __init__(self, card: Card, blocks: Mapping[int, Learner], labels: Learner | None, seen: LabelSpace) -> None:
-        self._card, self._blocks, self._labels, self._seen = card, blocks, labels, seen
+        self._card, self._blocks, self._seen = card, blocks, seen
         self._method = make_method(card)
+        # block 0's schedule is of use where it has all of the time, and so is here
+        self._labels = LabelLesson(card, labels, cast(Block, blocks[0].module).gamma) if labels else None
 
-    def teach(self, step: int, x: Tensor, y: Tensor, log: RunLog) -> None:
+    def teach(self, step: int, x: Tensor, y: Tensor, log: Log) -> None:
         """See :class:`Lesson`."""
         card, method, seen = self._card, self._method, self._seen
         u = seen.embedding[y]
@@ -61,12 +93,7 @@ class Local:
             if card.debug.enabled:
                 log.debug(index, learner.gradient_norm(), {"x": x, "features": features, "z": draw.z, "û": output})
         if self._labels:
-            torch.manual_seed(derive(card.run.seed, "labels", step))
-            own = cast(LabelSpace, self._labels.module)
-            u = own.embedding[y]
-            gamma = cast(Block, self._blocks[0].module).gamma  # of use where one block has all of the time, so is here
-            loss = cross_entropy(own(method.final_latent(u, gamma)), y) + method.prior_loss(u, gamma)
-            update(loss, step, self._labels)
+            self._labels.teach(step, y)
 
     def _mislabel(self, y: Tensor) -> Tensor:
         """Labels (B,), each another one with probability label_noise."""
@@ -83,7 +110,7 @@ class EndToEnd:
     def __init__(self, card: Card, network: Learner, labels: Learner) -> None:
         self._card, self._network, self._labels = card, network, labels
 
-    def teach(self, step: int, x: Tensor, y: Tensor, log: RunLog) -> None:
+    def teach(self, step: int, x: Tensor, y: Tensor, log: Log) -> None:
         """See :class:`Lesson`."""
         card = self._card
         torch.manual_seed(derive(card.run.seed, "block", 0, step))

@@ -51,9 +51,9 @@ class RunFolder:
         return self.path / "checkpoints"
 
     @property
-    def rescue(self) -> Path:
-        """Folder of blocks that were saved alone, when another rank was lost: a checkpoint of a single block each."""
-        return self.path / "rescue"
+    def alone(self) -> Path:
+        """Folder of blocks that were saved alone, a checkpoint of a single block each: when a rank was lost, and by a fleet."""
+        return self.path / "alone"
 
     @property
     def model(self) -> Path:

@@ -80,10 +80,7 @@ class Saver:
             path = folder / checkpoint.block_file(index)
             _load(learner, received[index] if index in received else read(path), path)
         if world.is_coordinator:
-            path = folder / checkpoint.LABELS
-            blob = read(path)
-            _load(labels, blob, path)
-            _load(seen, blob, path)
+            load_labels(folder, labels, seen)
 
     def _blind_to(self, path: Path, content: str) -> set[int]:
         """Ranks that do not see a file of the coordinator's with this content."""
@@ -100,34 +97,68 @@ class Saver:
         return NoPropModel.from_parts(card, info, parts, labels.inference.state_dict())
 
 
-def rescue(root: Path, card: Card, info: DataInfo, blocks: Mapping[int, Learner]) -> None:
-    """Without the other ranks: save each block as a checkpoint of its own under ``root``. Raises UserError."""
-    for index, learner in blocks.items():
-        own, name, blob = root / f"block-{index:02d}", checkpoint.block_file(index), pack(learner.state())
-        folder = checkpoint.step_folder(own, learner.steps)
+def load_labels(folder: Path, labels: Learner, seen: Publication) -> None:
+    """The label space and what blocks see of it, from a whole checkpoint. Raises UserError naming the file."""
+    path = folder / checkpoint.LABELS
+    blob = read(path)
+    _load(labels, blob, path)
+    _load(seen, blob, path)
+
+
+def commit_checkpoint(
+    root: Path, card: Card, info: DataInfo, step: int, blocks: Mapping[int, bytes], labels: bytes | None = None
+) -> Path:
+    """Without other ranks: write a checkpoint of packed states. Returns its folder. Raises UserError."""
+    folder = checkpoint.step_folder(root, step)
+    files = {checkpoint.block_file(index): blob for index, blob in blocks.items()}
+    if labels is not None:
+        files[checkpoint.LABELS] = labels
+    for name, blob in files.items():
         write(folder / name, blob)
-        checkpoint.commit(folder, _facts(learner.steps, card, info), {name: checkpoint.digest(blob)})
-        checkpoint.prune(folder, 1)
+    checkpoint.commit(folder, _facts(step, card, info), {name: checkpoint.digest(blob) for name, blob in files.items()})
+    return folder
+
+
+def rescue(root: Path, card: Card, info: DataInfo, blocks: Mapping[int, Learner]) -> None:
+    """Without the other ranks: save each block alone, as a checkpoint of its own under ``root``. Raises UserError."""
+    for index, learner in blocks.items():
+        keep_block(root, card, info, index, learner.steps, pack(learner.state()))
+
+
+def keep_block(root: Path, card: Card, info: DataInfo, index: int, step: int, blob: bytes) -> None:
+    """Save what :meth:`Learner.state` gave of one block, packed, in place of an earlier one."""
+    checkpoint.prune(commit_checkpoint(_home(root, index), card, info, step, {index: blob}), 1)
+
+
+def kept_block(root: Path, card: Card, info: DataInfo, index: int) -> tuple[int, Path | None]:
+    """The step and the file of a block that was saved alone, in a run of this card; 0 and None where there is none."""
+    folder, _ = checkpoint.newest_whole(_home(root, index))
+    if not folder:
+        return 0, None
+    manifest, total = checkpoint.read_manifest(folder), total_steps(card, info.train_size)
+    then, data = trained_as(folder, manifest)
+    same = data == info and not differences(manifest["card"], card.model_dump(mode="json"))
+    if not same or total_steps(then, data.train_size) != total or manifest["step"] > total:
+        return 0, None
+    return manifest["step"], folder / checkpoint.block_file(index)
 
 
 def recall(root: Path, card: Card, info: DataInfo, blocks: Mapping[int, Learner]) -> list[int]:
-    """Take those of ``blocks`` that :func:`rescue` saved further on than they are, by the same card. Returns their indices.
+    """Take those of ``blocks`` that were saved alone, further on than they are. Returns their indices.
 
     Such a block waits until the run has reached its step.
     """
     taken = []
     for index, learner in blocks.items():
-        folder, _ = checkpoint.newest_whole(root / f"block-{index:02d}")
-        if not folder:
-            continue
-        manifest, total = checkpoint.read_manifest(folder), total_steps(card, info.train_size)
-        then, data = trained_as(folder, manifest)
-        same = data == info and not differences(manifest["card"], card.model_dump(mode="json"))
-        if same and total_steps(then, data.train_size) == total and learner.steps < manifest["step"] <= total:
-            path = folder / checkpoint.block_file(index)
+        step, path = kept_block(root, card, info, index)
+        if path and step > learner.steps:
             _load(learner, read(path), path)
             taken.append(index)
     return taken
+
+
+def _home(root: Path, index: int) -> Path:
+    return root / f"block-{index:02d}"
 
 
 def _facts(step: int, card: Card, info: DataInfo) -> dict[str, Any]:

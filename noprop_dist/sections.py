@@ -189,7 +189,7 @@ class RunCard(Section):
     """Folder of this run inside dir; default: a time stamp. Give a name to be able to resume."""
     seed: int = Field(0, ge=0)
     """Seed of everything random."""
-    stop_exit_code: Literal[0, 143] = 0
+    stop_exit_code: int = Field(0, ge=0, le=255)
     """Exit code of a run that SIGTERM or SIGINT stopped, saved; 143 for what starts a job again only when it failed."""
 
 

@@ -9,7 +9,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, cast
 
-import torch
 from torch import Tensor
 
 from noprop_dist import files
@@ -17,13 +16,12 @@ from noprop_dist.chain import Scores, Segment
 from noprop_dist.config import Card, UserError
 from noprop_dist.data import DataInfo, Pixels, medoids
 from noprop_dist.learner import Learner
-from noprop_dist.learning import make_lesson, travelling
+from noprop_dist.learning import make_lesson, prepare, travelling
 from noprop_dist.metrics import RunLog
 from noprop_dist.model import NoPropModel, fresh_block, fresh_labels
 from noprop_dist.nets.baselines import Backprop
 from noprop_dist.nets.block import Block
 from noprop_dist.nets.labels import LabelSpace
-from noprop_dist.nets.precision import lay_out
 from noprop_dist.parallel.feed import Batch, Feed
 from noprop_dist.parallel.placement import Placement
 from noprop_dist.parallel.publication import Publication
@@ -33,7 +31,6 @@ from noprop_dist.parallel.world import World
 from noprop_dist.report.console import log as report
 from noprop_dist.runs import RunFolder, evaluates, total_steps
 from noprop_dist.saving import Saver, recall, rescue
-from noprop_dist.seeding import derive
 
 
 class Trainer:
@@ -107,7 +104,7 @@ class Trainer:
             summary["parameters"] = {"block": sizes[0], "total": sizes[1]}
             summary["files"] = {name: str(path) for name, path in parts.items()}
             files.write(self.folder.summary, json.dumps(summary, indent=1).encode())
-        shutil.rmtree(self.folder.rescue, ignore_errors=True)
+        shutil.rmtree(self.folder.alone, ignore_errors=True)
         return summary, model
 
     def _save(self) -> Path:
@@ -117,10 +114,10 @@ class Trainer:
         """Save what this rank has trained, without the others. Says what became of it."""
         trained = {index: learner for index, learner in self.blocks.items() if learner.steps > start}
         try:
-            rescue(self.folder.rescue, self.card, self.info, trained)
+            rescue(self.folder.alone, self.card, self.info, trained)
         except UserError as error:
             return f"could not save its own blocks: {error}"
-        return f"its own blocks are saved in {self.folder.rescue}" if trained else "its own blocks have learnt nothing since"
+        return f"its own blocks are saved in {self.folder.alone}" if trained else "its own blocks have learnt nothing since"
 
     def _say_goodbye(self, checkpoint: Path | None) -> None:
         run, kept = self.folder.path.name, f"saved {checkpoint}" if checkpoint else "nothing was trained yet"
@@ -136,7 +133,7 @@ class Trainer:
         self.seen = Publication(world, self.space, travelling(card, self.space), card.model.embedding_lag)
         if checkpoint:
             self.saver.restore(checkpoint, self.blocks, self.labels, self.seen)
-        if card.train.resume == "auto" and (taken := recall(self.folder.rescue, card, self.info, self.blocks)):
+        if card.train.resume == "auto" and (taken := recall(self.folder.alone, card, self.info, self.blocks)):
             report.warning("blocks %s go on from where they were when another rank was lost", ", ".join(map(str, taken)))
         self.seen.begin()
         self.lesson = make_lesson(card, self.blocks, self.labels, self.seen.space, world.is_coordinator)
@@ -155,8 +152,7 @@ class Trainer:
 
     def _step(self, step: int, batch: Batch, log: RunLog) -> None:
         self.seen.advance(self.space)
-        torch.manual_seed(derive(self.card.run.seed, "augment", step))
-        x = lay_out(self.card.train, self.pixels.normalise(self.pixels.augment(batch.images)))
+        x = prepare(self.card, self.pixels, step, batch.images)
         self.lesson.teach(step, x, batch.labels, log)
         self.world.step = step + 1
 

@@ -129,7 +129,7 @@ def play(case: Case, folder: Path, expected: dict[str, bytes]) -> str:
     for rank, result in enumerate(results):
         if rank != case.victim:
             assert isinstance(result, PeerError if killed else type(None)), f"rank {rank}: {result!r}"
-    saved = len(list(folder.glob("disk-*/run/rescue/*/*/manifest.json")))
+    saved = len(list(folder.glob("disk-*/run/alone/*/*/manifest.json")))
     fork_ranks(folder / "meet-2", case.ranks[1], start(False))
     assert end_files(folder / "disk-0") == expected, "another end than the undisturbed run's"
     assert not list(folder.glob("disk-0/run/**/.*")), "something half-written stays"

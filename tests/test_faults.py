@@ -67,8 +67,8 @@ def test_a_stalled_or_killed_rank_is_named_and_the_others_blocks_are_saved_and_u
     assert isinstance(victim, ChildProcessError)
     for message in messages:
         assert "no sign of life from rank 2 (blocks 2-3), last heard of at step " in message, message
-        assert message.endswith(f"its own blocks are saved in {folder.rescue}")
-    assert sorted(path.name for path in folder.rescue.iterdir()) == ["block-00", "block-01"]
+        assert message.endswith(f"its own blocks are saved in {folder.alone}")
+    assert sorted(path.name for path in folder.alone.iterdir()) == ["block-00", "block-01"]
 
     learnt = []
     update = learning.update
@@ -81,7 +81,7 @@ def test_a_stalled_or_killed_rank_is_named_and_the_others_blocks_are_saved_and_u
         patch.setattr(learning, "update", watched)
         train(card)
     assert learnt.count(4) == 2 + 1, "only the lost rank's blocks and the label space learn that step again"
-    assert not folder.rescue.exists()
+    assert not folder.alone.exists()
     other = named(card, "undisturbed")
     train(other)
     assert last_files(card) == last_files(other)

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -143,3 +146,34 @@ def test_a_second_signal_stops_at_once(small_card, on_ranks):
 
     (result,) = on_ranks(1, work, check=False)
     assert str(result) == f"rank 0 ended with {128 + signal.SIGTERM}"
+
+
+COMMAND = ["-m", "noprop_dist.train", "--model.blocks", "2", "--train.steps", str(LONG), "--train.checkpoint_every", "5"]
+TORCHRUN = ["-m", "torch.distributed.run", "--nproc_per_node=2"]
+
+
+@pytest.mark.parametrize(
+    ("command", "target", "number", "code"),
+    [
+        ([*COMMAND, "--run.stop_exit_code", "143"], "itself", signal.SIGINT, 143),
+        ([*TORCHRUN, *COMMAND], "a rank", signal.SIGTERM, 0),
+        ([*TORCHRUN, *COMMAND], "itself", signal.SIGTERM, None),  # torchrun passes it on, and has its own exit code
+    ],
+)
+def test_a_command_that_is_signalled_saves_and_says_how_to_go_on(command, target, number, code, tmp_path):
+    checkpoints = tmp_path / "runs/mine/checkpoints"
+    with open(tmp_path / "log", "w") as log:
+        start = [sys.executable, *command, "--run.name", "mine"]
+        process = subprocess.Popen(start, cwd=tmp_path, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
+    while not list(checkpoints.glob("*/manifest.json")):
+        assert process.poll() is None, (tmp_path / "log").read_text()
+        threading.Event().wait(0.05)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    os.kill(process.pid if target == "itself" else int(children[-1]), number)
+    exit_code = process.wait(120)
+    said = (tmp_path / "log").read_text()
+    assert code in (None, exit_code), said
+    assert f"stopped by {number.name}" in said and "to go on, start it again with --run.name mine" in said
+    assert "Traceback" not in said or target == "itself"  # torchrun's own
+    newest = sorted(checkpoints.iterdir())[-1]
+    assert f"saved {newest.relative_to(tmp_path)}" in said and read_manifest(newest)["step"] > 0

@@ -244,8 +244,8 @@ def test_only_allowed_messages_cross_and_every_byte_is_counted(small_card, on_ra
     hops = ranks  # three down the chain, one back to the coordinator
     assert counted["latents"] == hops * (2 * TEST + TRAIN) * 10 * 4 * 3  # float32, three paths
     others = blocks - 1
-    logs, checkpoints = 3, 2
-    scalars = logs * 3 * 8 * others + len(passes) * 8 * others + checkpoints * 32 * others
+    logs, figures, checkpoints = 3, 5, 2  # loss, accuracy, gradient norm, updates skipped in all and in a row
+    scalars = logs * figures * 8 * others + len(passes) * 8 * others + checkpoints * 32 * others
     assert counted["scalars"] == scalars + (ranks - 1) * 8 * (3 + 6)
 
     # each block of other ranks travels once, after the last step, with its length

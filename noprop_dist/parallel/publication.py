@@ -35,6 +35,11 @@ class Publication:
         self._world, self._lag, self._travels = world, lag, travels
         self._next = Pending(self._flat(labels))
 
+    @property
+    def values(self) -> Tensor:
+        """What the blocks see, as :func:`fill` takes it."""
+        return self._flat(self.space)
+
     def begin(self) -> None:
         """Give all ranks the coordinator's values, at the start of a run."""
         if self._travels:
@@ -71,8 +76,13 @@ class Publication:
         parts = [labels.get_parameter(name).detach().flatten() for name in self._travels]
         return torch.cat(parts).cpu() if parts else torch.empty(0)
 
-    @torch.no_grad()
     def _take(self, values: Tensor) -> None:
-        parameters = [self.space.get_parameter(name) for name in self._travels]
-        for parameter, part in zip(parameters, torch.split(values, [p.numel() for p in parameters]), strict=True):
-            cast(Tensor, parameter).copy_(part.view_as(parameter))
+        fill(self.space, self._travels, values)
+
+
+@torch.no_grad()
+def fill(labels: LabelSpace, names: tuple[str, ...], values: Tensor) -> None:
+    """Set parameters of a label space to values, one after the other in a flat tensor."""
+    parameters = [labels.get_parameter(name) for name in names]
+    for parameter, part in zip(parameters, torch.split(values, [p.numel() for p in parameters]), strict=True):
+        cast(Tensor, parameter).copy_(part.view_as(parameter))

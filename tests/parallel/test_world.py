@@ -44,7 +44,7 @@ def test_a_rank_that_stops_working_is_named_with_its_blocks_and_step(small_card,
     messages = on_ranks(4, work, check=False)
     assert isinstance(messages.pop(2), ChildProcessError)
     verdict = "alive but stuck:" if fault == "stuck" else "no sign of life from"
-    named = rf"{verdict} rank 2 \(block 2\), last heard of at step [0-3]"
+    named = rf"{verdict} rank 2 \(block 2\), last heard of at step [0-3]; its own blocks are saved in \S+"
     for message in messages:
         assert re.fullmatch(rf"rank \d \(block \d\) at step \d waited in vain for \w+ of step \d: {named}", message), message
 

@@ -1,0 +1,172 @@
+"""What the Ray commands share: joining a cluster or starting one here, whether it has room, and a card that fits it."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import ipaddress
+import os
+import secrets
+import socket
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+from noprop_dist.config import LOCAL_METHODS, Card, UserError, default_root
+from noprop_dist.data import describe
+from noprop_dist.launcher import check_baseline, resolve
+from noprop_dist.nets.build import try_out
+
+SETTINGS = {
+    "RAY_TRAIN_V2_ENABLED": "1",
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",  # seconds; a report may wait for so long
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_CHDIR_TO_TRIAL_DIR": "0",  # a card may name a module of the current directory
+    "RAY_DEDUP_LOGS_SKIP_REGEX": "State API may be temp|class name: 'PreemptionWatcher'|Reporting training result",  # chatter
+}
+TOKEN = Path.home() / ".ray" / "auth_token"  # Ray's own place: who has it may use the cluster
+FREED_WITHIN = 15.0  # seconds that a cluster may take to notice what an earlier job has left
+OWN_FILES = ("npz", "imagefolder")
+
+
+def add_arguments(parser: argparse.ArgumentParser, unit: str) -> None:
+    """Where to run, and what each ``unit`` gets."""
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("card", nargs="?", help="a YAML card; settings on the command line stand above it")
+    parser.add_argument(
+        "--address", help="a Ray cluster: auto, HOST:PORT or ray://HOST:10001; default: $RAY_ADDRESS, else one started here"
+    )
+    parser.add_argument("--gpus", action="store_true", help=f"a GPU for each {unit}")
+    parser.add_argument("--cpus", type=float, default=1.0, help=f"CPUs for each {unit}, and its threads (default: 1)")
+    parser.add_argument("--max-failures", type=int, default=3, help="how often Ray starts again what failed (default: 3)")
+    parser.add_argument("--wait", action="store_true", help="wait for CPUs and GPUs that the cluster does not have (free) yet")
+    parser.add_argument("--storage", help="a folder that all nodes share, or a URI such as s3://BUCKET/PATH, for Ray's copies")
+
+
+@contextlib.contextmanager
+def joined(address: str | None) -> Iterator[None]:
+    """Be connected to the cluster at ``address``, else $RAY_ADDRESS's, else one that lives here, on loopback, until the end.
+
+    Raises UserError where there is none, or no Ray.
+    """
+    for name, value in SETTINGS.items():
+        os.environ.setdefault(name, value)
+    address = address or os.environ.get("RAY_ADDRESS")
+    if on_loopback(address):  # its name aside, this keeps Ray's own address at 127.0.0.1, if said before Ray is imported
+        os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
+    if address is None or TOKEN.exists():
+        os.environ.setdefault("RAY_AUTH_MODE", "token")
+    try:
+        import ray
+    except ImportError:
+        raise UserError("ray is not installed; pip install 'noprop_dist[ray]'") from None
+    try:
+        if address:
+            ray.init(address=address, logging_level="WARNING")
+        else:
+            ray.init(address="local", include_dashboard=False, logging_level="WARNING")
+    except (ConnectionError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"--address {address}: no Ray cluster there ({reason}); start one with ray start --head") from None
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def on_loopback(address: str | None) -> bool:
+    """Whether the cluster is, or will be, one of this machine alone. Raises UserError where nothing answers."""
+    if address in (None, "auto", "local"):
+        return address is None
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    try:
+        with socket.create_connection((host, int(port)), timeout=10) as there:  # Ray itself would try for many minutes
+            return ipaddress.ip_address(there.getpeername()[0]).is_loopback
+    except (OSError, ValueError, OverflowError) as error:
+        raise UserError(
+            f"--address {address}: nothing answers there ({error}); give auto, HOST:PORT or ray://HOST:PORT"
+        ) from None
+
+
+def is_here(address: str | None) -> bool:
+    """Whether a cluster is started on this machine for this command alone."""
+    return not (address or os.environ.get("RAY_ADDRESS"))
+
+
+def check_card(card: Card, workers: int, arguments: argparse.Namespace) -> None:
+    """Raise UserError for what can be known to be wrong here, before anything starts."""
+    check_baseline(card, workers)
+    if card.method.name in LOCAL_METHODS and workers > card.units:
+        raise UserError(
+            f"--workers: {workers} for {card.units} block{'s' * (card.units > 1)}: every worker owns at least one; "
+            f"use at most {card.units} or raise --model.blocks"
+        )
+    if arguments.cpus <= 0 or arguments.max_failures < 0:
+        raise UserError("command line: --cpus is more than 0 and --max-failures at least 0; mend them")
+    if arguments.gpus and card.parallel.device == "cpu":
+        raise UserError("--gpus: the card's parallel.device is cpu; leave one of the two out")
+    if not arguments.gpus and card.parallel.device == "cuda":
+        raise UserError("parallel.device: cuda needs GPUs from Ray; add --gpus")
+    if card.train.resume == "never":
+        raise UserError("train.resume: never would refuse the run's own checkpoints after a failure; give a new --run.name")
+    if is_here(arguments.address) or card.data.name not in OWN_FILES:  # elsewhere only a worker sees them
+        info = describe(card.data)
+        try_out(resolve(card, info), info.shape, len(info.classes))
+
+
+def settle(card: Card, arguments: argparse.Namespace) -> Card:
+    """The card as all workers are to have it: absolute paths, a fixed name, a device, threads.
+
+    Raises UserError where the run would be lost with a job's copy of the working directory.
+    """
+    if not (card.run.dir.is_absolute() or arguments.storage) and "working_dir_files" in Path.cwd().parts:
+        raise UserError(f"run.dir: {card.run.dir} lies in the job's copy of the working directory, which Ray deletes; "
+                        "give an absolute --run.dir, or --storage")  # fmt: skip
+    name = card.run.name or f"{time.strftime('%Y%m%d-%H%M%S', time.gmtime())}-{secrets.token_hex(2)}"
+    root = (card.data.root or default_root()).expanduser().absolute()
+    threads = card.parallel.threads or max(1, int(arguments.cpus))
+    device = "cuda" if arguments.gpus else "cpu"
+    return card.model_copy(
+        update={
+            "run": card.run.model_copy(update={"dir": card.run.dir.absolute(), "name": name}),
+            "data": card.data.model_copy(update={"root": root}),
+            "parallel": card.parallel.model_copy(update={"threads": threads, "device": device}),
+        }
+    )
+
+
+def share(arguments: argparse.Namespace) -> dict[str, float]:
+    """What Ray is to set aside for each worker or trial."""
+    return {"CPU": arguments.cpus} | ({"GPU": 1.0} if arguments.gpus else {})
+
+
+def require(count: int, unit: str, each: Mapping[str, float], *, wait: bool) -> None:
+    """Raise UserError where the cluster has no room for ``count`` units with ``each`` of its resources, all free.
+
+    ``wait``: say it, and let Ray wait.
+    """
+    import ray
+
+    deadline = time.monotonic() + FREED_WITHIN
+    while True:
+        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        free = ray.available_resources()
+        room = sum(_fitting(node, each) for node in nodes)
+        if min(room, _fitting(free, each)) >= count:
+            return
+        if room < count or time.monotonic() > deadline:
+            break
+        time.sleep(0.5)
+    has = ", ".join(f"{sum(node.get(name, 0) for node in nodes):g} {name} ({free.get(name, 0):g} free)" for name in each)
+    wanted = " and ".join(f"{amount:g} {name}" for name, amount in each.items())
+    missing = (
+        f"the cluster lacks room for {count} {unit}{'s' * (count > 1)} of {wanted} each: "
+        f"it has {has} on {len(nodes)} node{'s' * (len(nodes) > 1)}"
+    )
+    if not wait:
+        raise UserError(f"{missing}; ask for less, add nodes, or --wait for them")
+    print(f"{missing}; waiting", flush=True)
+
+
+def _fitting(resources: Mapping[str, float], each: Mapping[str, float]) -> int:
+    return min(int(resources.get(name, 0) / amount) for name, amount in each.items())
