@@ -8,8 +8,10 @@ import ipaddress
 import os
 import secrets
 import socket
+import tempfile
 import time
 from collections.abc import Iterator, Mapping
+from functools import cache
 from pathlib import Path
 
 from noprop_dist.config import LOCAL_METHODS, Card, UserError, default_root
@@ -24,6 +26,8 @@ SETTINGS = {
     "RAY_CHDIR_TO_TRIAL_DIR": "0",  # a card may name a module of the current directory
     "RAY_DEDUP_LOGS_SKIP_REGEX": "State API may be temp|class name: 'PreemptionWatcher'|Reporting training result",  # chatter
 }
+LOCAL = "local"
+CURRENT = Path(os.environ.get("RAY_TMPDIR") or tempfile.gettempdir()) / "ray" / "ray_current_cluster"  # what Ray calls auto
 TOKEN = Path.home() / ".ray" / "auth_token"  # Ray's own place: who has it may use the cluster
 FREED_WITHIN = 15.0  # seconds that a cluster may take to notice what an earlier job has left
 OWN_FILES = ("npz", "imagefolder")
@@ -32,7 +36,7 @@ OWN_FILES = ("npz", "imagefolder")
 def add_arguments(parser: argparse.ArgumentParser, unit: str) -> None:
     """Where to run, and what each ``unit`` gets."""
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("card", nargs="?", help="a YAML card; settings on the command line stand above it")
+    parser.add_argument("card", nargs="?", type=Path, help="a YAML card; settings on the command line stand above it")
     parser.add_argument(
         "--address", help="a Ray cluster: auto, HOST:PORT or ray://HOST:10001; default: $RAY_ADDRESS, else one started here"
     )
@@ -43,41 +47,39 @@ def add_arguments(parser: argparse.ArgumentParser, unit: str) -> None:
     parser.add_argument("--storage", help="a folder that all nodes share, or a URI such as s3://BUCKET/PATH, for Ray's copies")
 
 
-@contextlib.contextmanager
-def joined(address: str | None) -> Iterator[None]:
-    """Be connected to the cluster at ``address``, else $RAY_ADDRESS's, else one that lives here, on loopback, until the end.
+def where(address: str | None) -> str:
+    """The cluster's address: the given one, else $RAY_ADDRESS, else ``local``: started on this machine for this command."""
+    address = address or os.environ.get("RAY_ADDRESS") or LOCAL
+    if address == "auto" and CURRENT.exists():
+        return CURRENT.read_text().strip()
+    return address
 
-    Raises UserError where there is none, or no Ray.
+
+def prepare(address: str | None) -> str:
+    """Set up this process for Ray, which reads its environment when it is imported. Returns the cluster's address.
+
+    Raises UserError where nothing answers there, or Ray is not installed.
     """
+    address = where(address)
     for name, value in SETTINGS.items():
         os.environ.setdefault(name, value)
-    address = address or os.environ.get("RAY_ADDRESS")
-    if on_loopback(address):  # its name aside, this keeps Ray's own address at 127.0.0.1, if said before Ray is imported
+    if on_loopback(address):  # whatever the name says: with it Ray takes 127.0.0.1 for this node's address
         os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
-    if address is None or TOKEN.exists():
+    if address == "auto":
+        os.environ.setdefault("RAY_NUM_REDIS_GET_RETRIES", "2")  # not for a quarter of an hour
+    if address == LOCAL or TOKEN.exists():
         os.environ.setdefault("RAY_AUTH_MODE", "token")
     try:
-        import ray
+        import ray  # noqa: F401
     except ImportError:
         raise UserError("ray is not installed; pip install 'noprop_dist[ray]'") from None
-    try:
-        if address:
-            ray.init(address=address, logging_level="WARNING")
-        else:
-            ray.init(address="local", include_dashboard=False, logging_level="WARNING")
-    except (ConnectionError, ValueError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"--address {address}: no Ray cluster there ({reason}); start one with ray start --head") from None
-    try:
-        yield
-    finally:
-        ray.shutdown()
+    return address
 
 
-def on_loopback(address: str | None) -> bool:
+def on_loopback(address: str) -> bool:
     """Whether the cluster is, or will be, one of this machine alone. Raises UserError where nothing answers."""
-    if address in (None, "auto", "local"):
-        return address is None
+    if address in (LOCAL, "auto"):
+        return address == LOCAL
     host, _, port = address.removeprefix("ray://").rpartition(":")
     try:
         with socket.create_connection((host, int(port)), timeout=10) as there:  # Ray itself would try for many minutes
@@ -88,9 +90,40 @@ def on_loopback(address: str | None) -> bool:
         ) from None
 
 
-def is_here(address: str | None) -> bool:
-    """Whether a cluster is started on this machine for this command alone."""
-    return not (address or os.environ.get("RAY_ADDRESS"))
+@contextlib.contextmanager
+def joined(address: str | None, *, logs: bool = True) -> Iterator[None]:
+    """Be connected to the cluster at ``address`` (see :func:`where`); one of this machine is on loopback, and ends with it.
+
+    ``logs``: print what the workers print. Raises UserError where there is no cluster.
+    """
+    address = prepare(address)
+    import ray
+
+    own = {"include_dashboard": False} if address == LOCAL else {}
+    try:
+        ray.init(address=address, logging_level="WARNING", log_to_driver=logs, **own)
+    except (ConnectionError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"--address {address}: no Ray cluster there ({reason}); start one with ray start --head") from None
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def storage(arguments: argparse.Namespace, folder: Path) -> str:
+    """Where Ray keeps its copies: ``--storage``, else below ``folder``. Raises UserError where nothing can be written there."""
+    from pyarrow.fs import FileSystem
+
+    path = arguments.storage or str(folder / "ray")
+    path = path if "://" in path else str(Path(path).expanduser().absolute())
+    try:
+        place, inner = FileSystem.from_uri(path)
+        place.create_dir(inner)
+    except (OSError, ValueError) as error:
+        reason = str(error).partition("\n")[0]
+        raise UserError(f"--storage {path}: cannot be written to ({reason}); name a folder or a URI that can") from None
+    return path
 
 
 def check_card(card: Card, workers: int, arguments: argparse.Namespace) -> None:
@@ -101,27 +134,24 @@ def check_card(card: Card, workers: int, arguments: argparse.Namespace) -> None:
             f"--workers: {workers} for {card.units} block{'s' * (card.units > 1)}: every worker owns at least one; "
             f"use at most {card.units} or raise --model.blocks"
         )
-    if arguments.cpus <= 0 or arguments.max_failures < 0:
-        raise UserError("command line: --cpus is more than 0 and --max-failures at least 0; mend them")
+    if arguments.cpus <= 0 or arguments.max_failures < -1:
+        raise UserError("command line: --cpus is more than 0, --max-failures at least 0, or -1 for no limit; mend them")
     if arguments.gpus and card.parallel.device == "cpu":
         raise UserError("--gpus: the card's parallel.device is cpu; leave one of the two out")
     if not arguments.gpus and card.parallel.device == "cuda":
         raise UserError("parallel.device: cuda needs GPUs from Ray; add --gpus")
     if card.train.resume == "never":
         raise UserError("train.resume: never would refuse the run's own checkpoints after a failure; give a new --run.name")
-    if is_here(arguments.address) or card.data.name not in OWN_FILES:  # elsewhere only a worker sees them
-        info = describe(card.data)
+    if where(arguments.address) == LOCAL or card.data.name not in OWN_FILES:  # elsewhere only a worker sees them
+        info = _describe(card.data)
         try_out(resolve(card, info), info.shape, len(info.classes))
 
 
-def settle(card: Card, arguments: argparse.Namespace) -> Card:
-    """The card as all workers are to have it: absolute paths, a fixed name, a device, threads.
+_describe = cache(describe)
 
-    Raises UserError where the run would be lost with a job's copy of the working directory.
-    """
-    if not (card.run.dir.is_absolute() or arguments.storage) and "working_dir_files" in Path.cwd().parts:
-        raise UserError(f"run.dir: {card.run.dir} lies in the job's copy of the working directory, which Ray deletes; "
-                        "give an absolute --run.dir, or --storage")  # fmt: skip
+
+def settle(card: Card, arguments: argparse.Namespace) -> Card:
+    """The card as all workers are to have it: absolute paths, a fixed name, a device, threads."""
     name = card.run.name or f"{time.strftime('%Y%m%d-%H%M%S', time.gmtime())}-{secrets.token_hex(2)}"
     root = (card.data.root or default_root()).expanduser().absolute()
     threads = card.parallel.threads or max(1, int(arguments.cpus))
@@ -133,6 +163,14 @@ def settle(card: Card, arguments: argparse.Namespace) -> Card:
             "parallel": card.parallel.model_copy(update={"threads": threads, "device": device}),
         }
     )
+
+
+def refuse_fleeting(folder: Path, option: str) -> None:
+    """Raise UserError for a folder that will be gone with the job."""
+    if not folder.is_absolute() and "working_dir_files" in Path.cwd().parts:
+        raise UserError(
+            f"{option}: {folder} lies in the job's copy of the working directory, which Ray deletes; make it absolute"
+        )
 
 
 def share(arguments: argparse.Namespace) -> dict[str, float]:

@@ -180,7 +180,8 @@ class Fleet:
                 for reference in ready:
                     fed += self._take_back(reference, board)
                     bar.update(self._done, f"{self._done} of {self._total * len(self._steps)} steps of blocks")
-        bar.close(), board.close()
+        bar.close()
+        board.close()
         if stopping:
             log.info("stopped by %s: every block is saved in %s; to go on, start it again with --run.name %s",
                      interruption.reason, self._folder.alone, self._folder.path.name)  # fmt: skip

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import argparse
 
-from cluster import add_arguments, check_card, joined, require, settle, share
+from cluster import add_arguments, check_card, joined, refuse_fleeting, require, settle, share
 
 from noprop_dist import command
 from noprop_dist.cards import read_card
@@ -30,6 +30,7 @@ def main(argv: list[str]) -> None:
     )
     card, arguments = read_card(parser, argv)
     check(card, arguments)
+    refuse_fleeting(card.run.dir, "run.dir")
     card = settle(card, arguments)
     set_up_logging(0)
     with joined(arguments.address):

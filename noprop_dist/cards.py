@@ -44,7 +44,7 @@ def read_card(
     source: CliSettingsSource[Any] = CliSettingsSource(_CommandLine, root_parser=parser, cli_parse_args=False)
     parser.error = _refuse  # type: ignore[method-assign]
     arguments, unknown = parser.parse_known_args([_DEBUG.get(word, word) for word in argv])
-    mistakes = [_unknown(word.split("=")[0].lstrip("-"), COMMAND_LINE) for word in unknown if word.startswith("-")]
+    mistakes = [unknown_setting(word.split("=")[0].lstrip("-"), COMMAND_LINE) for word in unknown if word.startswith("-")]
     if not mistakes:
         mistakes = [f"{COMMAND_LINE}: {word!r} belongs to no setting; see --help" for word in unknown]
     path = getattr(arguments, "card", None)
@@ -72,11 +72,15 @@ def read_card(
 
 def load_card(path: Path) -> Card:
     """Read and check one YAML card. Raises UserError listing every mistake."""
-    layers = read_layers(path)
+    return stack(read_layers(path), str(path))
+
+
+def stack(layers: Layers, main: str) -> Card:
+    """The card of all layers. Raises UserError listing every mistake; ``main`` is the place of what stands in no layer."""
     try:
         return Card.model_validate(_merge(layers))
     except ValidationError as error:
-        raise UserError("\n".join(_mistakes(error, layers, str(path)))) from None
+        raise UserError("\n".join(_mistakes(error, layers, main))) from None
 
 
 def dump_card(card: Card) -> str:
@@ -107,19 +111,24 @@ def read_layers(path: Path, above: tuple[Path, ...] = ()) -> Layers:
 
 def read_yaml(path: Path) -> dict[str, Any]:
     """A YAML file's sections, empty ones left out. Raises UserError where it is missing, broken or no mapping of sections."""
+    values = parse_yaml(path) or {}
+    if not isinstance(values, dict) or not all(isinstance(section, str) for section in values):
+        raise UserError(f"{path}: a card is a mapping of sections such as 'train: {{epochs: 3}}'")
+    return {section: settings for section, settings in values.items() if settings is not None}
+
+
+def parse_yaml(path: Path, what: str = "card") -> Any:
+    """What a YAML file holds. Raises UserError where it is missing or broken."""
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+        return yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or error
-        raise UserError(f"{path}: cannot read this card ({reason}); name a YAML file") from None
+        raise UserError(f"{path}: cannot read this {what} ({reason}); name a YAML file") from None
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f"{path}:{mark.line + 1}" if mark else str(path)
         reason = getattr(error, "problem", None) or getattr(error, "reason", error)
         raise UserError(f"{line}: not YAML ({reason}); mend that line") from None
-    if not isinstance(values, dict) or not all(isinstance(section, str) for section in values):
-        raise UserError(f"{path}: a card is a mapping of sections such as 'train: {{epochs: 3}}'")
-    return {section: settings for section, settings in values.items() if settings is not None}
 
 
 def setting_names() -> list[str]:
@@ -151,7 +160,8 @@ def _above(values: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any
     return merged
 
 
-def _unknown(name: str, place: str) -> str:
+def unknown_setting(name: str, place: str) -> str:
+    """The line that tells of it, with the nearest right name."""
     nearest = difflib.get_close_matches(name, [*setting_names(), *Card.model_fields], n=1, cutoff=0.5)
     return f"{place}: unknown setting {name}" + (f"; did you mean {nearest[0]}?" if nearest else "; see --help")
 
@@ -163,7 +173,7 @@ def _mistakes(error: ValidationError, layers: Layers, main: str) -> list[str]:
         name = ".".join(map(str, item["loc"]))
         place = next((place for place in reversed(layers) if name and _stands(layers[place], item["loc"])), main)
         if item["type"] == "extra_forbidden":
-            lines.append(_unknown(name, place))
+            lines.append(unknown_setting(name, place))
         elif not name:  # our own checks, which name their settings themselves
             lines += [f"{place}: {text}" for text in item["msg"].removeprefix("Value error, ").splitlines()]
         else:

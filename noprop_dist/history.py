@@ -33,6 +33,10 @@ class History:
         self._points[step] = self._points.get(step, {"step": step}) | figures
         files.write(self._path, json.dumps(list(self._points.values())).encode())
 
+    def at(self, step: int) -> dict[str, Any]:
+        """What is known of a step."""
+        return dict(self._points.get(step, {}))
+
     @property
     def curve(self) -> list[dict[str, Any]]:
         """The steps that were evaluated."""

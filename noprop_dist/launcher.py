@@ -15,6 +15,7 @@ from noprop_dist import files
 from noprop_dist.cards import dump_card
 from noprop_dist.config import LOCAL_METHODS, Card, UserError
 from noprop_dist.data import DataInfo, DataSet, check_classes, describe, open_data, resolve_augment
+from noprop_dist.interruption import Interruption
 from noprop_dist.learning import travelling
 from noprop_dist.model import NoPropModel, fresh_labels
 from noprop_dist.nets.backbones import resolve_backbone
@@ -25,7 +26,7 @@ from noprop_dist.parallel.feed import Feed, message_size
 from noprop_dist.parallel.placement import COORDINATOR, place
 from noprop_dist.parallel.world import World, rank_and_size, set_threads
 from noprop_dist.report.console import log, print_placement, set_up_logging, size
-from noprop_dist.runs import LOCAL, RunFolder, claim_folder, differences, find_start
+from noprop_dist.runs import LOCAL, Listener, RunFolder, claim_folder, differences, find_start
 from noprop_dist.trainer import Trainer
 
 
@@ -41,7 +42,12 @@ class TrainResult:
     """On every rank: a signal stopped the run before its end, and all is saved; summary and model are still to come."""
 
 
-def train(card: Card | None = None, init_method: str = "env://") -> TrainResult:
+def train(
+    card: Card | None = None,
+    init_method: str = "env://",
+    listener: Listener | None = None,
+    interruption: Interruption | None = None,
+) -> TrainResult:
     """Train as the card says, on the ranks that torchrun started (on one rank without it).
 
     While it trains, SIGTERM and SIGINT (Ctrl-C) to any rank stop the run: it ends its step, saves a checkpoint and returns.
@@ -49,6 +55,8 @@ def train(card: Card | None = None, init_method: str = "env://") -> TrainResult:
     Args:
         card: all settings; default: NoProp-DT on scikit-learn's digits.
         init_method: where ranks meet, as torch.distributed names it (``env://`` or ``file:///a/new/file``).
+        listener: told of every evaluation and checkpoint, on every rank (see :data:`~noprop_dist.runs.Listener`).
+        interruption: another way to stop the run: ``ask`` it, from any thread.
 
     Raises:
         UserError: for a mistake in card, data or files, before any process group is formed.
@@ -60,7 +68,7 @@ def train(card: Card | None = None, init_method: str = "env://") -> TrainResult:
     check_baseline(card, ranks)
     placement = place([1.0] * card.units, ranks)  # blocks of one card are alike
     threads = set_threads(card.parallel)
-    world = World(card.parallel, placement, init_method)
+    world = World(card.parallel, placement, init_method, interruption)
     plan = agree(card, threads, world)
     world.connect()
     card, info = plan.card, plan.info
@@ -74,7 +82,8 @@ def train(card: Card | None = None, init_method: str = "env://") -> TrainResult:
     with _global_state(card, world.device), world.interruption.listening():
         feed = Feed(card, info, world, plan.data)
         try:
-            summary, model = Trainer(card, info, world, placement, feed, plan.folder).run(plan.start, plan.checkpoint)
+            trainer = Trainer(card, info, world, placement, feed, plan.folder, listener)
+            summary, model = trainer.run(plan.start, plan.checkpoint)
         except UserError as error:
             raise UserError(f"rank {rank}: {error}") from None
     world.close()

@@ -207,6 +207,16 @@ class RunLog:
             "curve": self._history.curve,
         }
 
+    @property
+    def figures(self) -> dict[str, float]:
+        """Of this step, on the coordinator; nothing elsewhere."""
+        figures = self._history.at(self._world.step) if self._history else {}
+        if self._card.inference.path in figures:
+            figures["test_accuracy"] = figures[self._card.inference.path]
+        if not self._figures[0].isnan().all():
+            figures["loss"] = float(self._figures[0].nanmean())
+        return figures
+
     def close(self) -> None:
         """Stop the bar, close the event file."""
         self._bar.close()

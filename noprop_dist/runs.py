@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import time
-from collections.abc import Mapping, Set
+from collections.abc import Callable, Mapping, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -79,6 +79,23 @@ class RunFolder:
     def summary(self) -> Path:
         """The end table as JSON."""
         return self.path / "summary.json"
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a run has come."""
+
+    step: int
+    folder: RunFolder
+    """The run's; the coordinator has it, other ranks where they share a disk."""
+    checkpoint: Path | None
+    """The newest one, if this is the moment when it has just been written, or the end of the run."""
+    figures: Mapping[str, float]
+    """On the coordinator what history.json has of this step, and where known test_accuracy and the blocks' mean loss."""
+
+
+Listener = Callable[[Progress], None]
+"""Called on every rank, in the same order: after each evaluation, each checkpoint, and once all is written at the end."""
 
 
 def claim_folder(runs: Path) -> Path:

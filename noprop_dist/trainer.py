@@ -29,16 +29,25 @@ from noprop_dist.parallel.relay import relay
 from noprop_dist.parallel.traffic import PeerError
 from noprop_dist.parallel.world import World
 from noprop_dist.report.console import log as report
-from noprop_dist.runs import RunFolder, evaluates, total_steps
+from noprop_dist.runs import Listener, Progress, RunFolder, evaluates, total_steps
 from noprop_dist.saving import Saver, recall, rescue
 
 
 class Trainer:
     """Trains this rank's blocks (and, on the coordinator, the label space), in step with the other ranks."""
 
-    def __init__(self, card: Card, info: DataInfo, world: World, placement: Placement, feed: Feed, folder: RunFolder) -> None:
+    def __init__(
+        self,
+        card: Card,
+        info: DataInfo,
+        world: World,
+        placement: Placement,
+        feed: Feed,
+        folder: RunFolder,
+        listener: Listener | None = None,
+    ) -> None:
         self.card, self.info, self.world, self.placement = card, info, world, placement
-        self.feed, self.folder = feed, folder
+        self.feed, self.folder, self.listener = feed, folder, listener
         self.total = total_steps(card, info.train_size)
         self.pixels = Pixels(card.data, info)
         self.blocks = {
@@ -83,12 +92,16 @@ class Trainer:
                     checkpoint, saved = self._save(), world.step
                 if evaluate:
                     scores = self._evaluate(log)
+                if (evaluate or save) and not last:
+                    self._tell(log, checkpoint if save else None)
             training = None if self.feed.stopped else self._score(self.feed.sample())
             if self.feed.stopped:
                 log.pause()
                 log.flush()
                 if saved < world.step:
-                    checkpoint = self._save()
+                    checkpoint, saved = self._save(), world.step
+                if saved > start:
+                    self._tell(log, checkpoint)
                 self._say_goodbye(checkpoint)
                 return {}, None
             model = self.saver.gather(card, self.info, self.blocks, self.labels)
@@ -96,19 +109,29 @@ class Trainer:
         if model is not None:
             model.save(self.folder.model)
             if start == self.total and self.folder.summary.exists():  # a finished run's figures stand
-                return json.loads(files.read(self.folder.summary)), model
-            parts = {"checkpoint": checkpoint, "tensorboard": self.folder.tensorboard, "model": self.folder.model}
-            network = model.blocks[0]
-            block = network.blocks[0] if isinstance(network, Backprop) else network
-            sizes = [sum(parameter.numel() for parameter in each.parameters()) for each in (block, model)]
-            summary["parameters"] = {"block": sizes[0], "total": sizes[1]}
-            summary["files"] = {name: str(path) for name, path in parts.items()}
-            files.write(self.folder.summary, json.dumps(summary, indent=1).encode())
+                summary = json.loads(files.read(self.folder.summary))
+            else:
+                self._complete(summary, model, checkpoint)
         shutil.rmtree(self.folder.alone, ignore_errors=True)
+        self._tell(log, checkpoint)
         return summary, model
+
+    def _complete(self, summary: dict[str, Any], model: NoPropModel, checkpoint: Path | None) -> None:
+        """Add what the files and the model are, and write it."""
+        parts = {"checkpoint": checkpoint, "tensorboard": self.folder.tensorboard, "model": self.folder.model}
+        network = model.blocks[0]
+        block = network.blocks[0] if isinstance(network, Backprop) else network
+        sizes = [sum(parameter.numel() for parameter in each.parameters()) for each in (block, model)]
+        summary["parameters"] = {"block": sizes[0], "total": sizes[1]}
+        summary["files"] = {name: str(path) for name, path in parts.items()}
+        files.write(self.folder.summary, json.dumps(summary, indent=1).encode())
 
     def _save(self) -> Path:
         return self.saver.save(self.card, self.info, self.blocks, self.labels, self.seen)
+
+    def _tell(self, log: RunLog, checkpoint: Path | None) -> None:
+        if self.listener:
+            self.listener(Progress(self.world.step, self.folder, checkpoint, log.figures))
 
     def _rescue(self, start: int) -> str:
         """Save what this rank has trained, without the others. Says what became of it."""

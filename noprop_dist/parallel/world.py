@@ -41,11 +41,18 @@ class World:
         card: device, backend, timeout.
         placement: who owns what; one range a rank.
         init_method: where ranks meet, as torch.distributed names it; ranks and their number come from torchrun's environment.
+        interruption: asked from elsewhere to stop the run; default: this rank's own.
 
     Raises UserError for a device that is not there, PeerError where the ranks do not meet.
     """
 
-    def __init__(self, card: ParallelCard, placement: Placement, init_method: str = "env://") -> None:
+    def __init__(
+        self,
+        card: ParallelCard,
+        placement: Placement,
+        init_method: str = "env://",
+        interruption: Interruption | None = None,
+    ) -> None:
         self._card, self._placement = card, placement
         self.rank, self.size = rank_and_size()
         local_rank, local_size = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
@@ -55,7 +62,7 @@ class World:
         self.traffic = Traffic(self.rank)
         self.wires: dict[str, Wire] = {}
         self._store = self._meet(init_method)
-        self.interruption = Interruption()
+        self.interruption = interruption or Interruption()
         """Whether someone wants the run to stop: this rank's own users and, on the coordinator, all ranks'."""
         self._heart = Heartbeat(self._store, placement, self.rank, self.interruption) if self.size > 1 else None
         self._step = 0
