@@ -18,11 +18,11 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch._C._distributed_c10d import HashStore, PrefixStore, Store  # what torch.distributed itself exports
+from torch._C._distributed_c10d import HashStore, PrefixStore, Store, TCPStore  # what torch.distributed itself exports
 from torch.distributed.rendezvous import rendezvous
 
 from noprop_dist.config import ParallelCard, UserError
-from noprop_dist.parallel.heartbeat import Heartbeat
+from noprop_dist.parallel.heartbeat import BEAT, Heartbeat, within
 from noprop_dist.parallel.placement import COORDINATOR, Placement
 from noprop_dist.parallel.traffic import CARRIED, PeerError, Traffic, Wire
 
@@ -122,11 +122,21 @@ class World:
         if init_method != "env://":
             init_method += f"?rank={self.rank}&world_size={self.size}"
         try:
-            store = next(iter(rendezvous(init_method)))[0]
-        except (RuntimeError, ValueError) as error:
+            store = self._loopback_store(init_method) or next(iter(rendezvous(init_method)))[0]
+        except (RuntimeError, ValueError, OSError) as error:
             raise PeerError(f"rank {self.rank} found no other rank at {init_method}: {str(error).splitlines()[0]}") from error
         store.set_timeout(timedelta(seconds=self._card.timeout))
         return PrefixStore(f"noprop-{next(_runs)}", store)  # the store outlives a run, a process may train again
+
+    def _loopback_store(self, init_method: str) -> Store | None:
+        """The store, where this rank hosts it for ranks of this machine alone: torch's own would listen on every interface."""
+        host, port = os.environ.get("MASTER_ADDR", ""), int(os.environ.get("MASTER_PORT", 0))
+        hosts_it = self.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != str(True)
+        local = int(os.environ.get("LOCAL_WORLD_SIZE", 1)) == self.size and host in ("127.0.0.1", "localhost")
+        if init_method != "env://" or not (hosts_it and local and port):
+            return None
+        listener = socket.create_server((host, port)).detach()
+        return TCPStore(host, port, is_master=True, multi_tenant=True, master_listen_fd=listener)
 
     def _settle_backend(self) -> None:
         """nccl only where all ranks want it and no two share a GPU, on whatever hosts they are."""
@@ -150,8 +160,8 @@ class World:
     def _get(self, key: str, source: int, patient: bool = False) -> bytes:
         while True:
             try:
-                return bytes(self._store.get(key))
-            except RuntimeError as error:
+                return within(self._card.timeout + BEAT, lambda: bytes(self._store.get(key)))
+            except (RuntimeError, TimeoutError) as error:
                 if not patient or self._heart is None or source in self._heart.silent():
                     raise self._explain(f"its word on {key!r}", source) from error
 
@@ -159,10 +169,10 @@ class World:
         """The error that names whoever a wait failed for."""
         verdict = ""
         if self._heart:
-            with contextlib.suppress(RuntimeError):  # the store may be gone with its host
-                verdict = self._heart.verdict()
+            with contextlib.suppress(RuntimeError, TimeoutError):  # the store may be gone with its host
+                verdict = within(5 * BEAT, self._heart.verdict)
         if not verdict:
-            verdict = "lost " + (self._placement.name(peer) if peer is not None else "another rank")
+            verdict = "lost " + ("another rank" if peer in (None, self.rank) else self._placement.name(peer))
         return PeerError(f"{self._placement.name(self.rank)} at step {self.step} waited in vain for {what}: {verdict}")
 
 
