@@ -130,13 +130,13 @@ class World:
 
     def _loopback_store(self, init_method: str) -> Store | None:
         """The store, where this rank hosts it for ranks of this machine alone: torch's own would listen on every interface."""
-        host, port = os.environ.get("MASTER_ADDR", ""), int(os.environ.get("MASTER_PORT", 0))
+        host, port = (os.environ.get(name, "") for name in ("MASTER_ADDR", "MASTER_PORT"))
         hosts_it = self.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != str(True)
         local = int(os.environ.get("LOCAL_WORLD_SIZE", 1)) == self.size and host in ("127.0.0.1", "localhost")
-        if init_method != "env://" or not (hosts_it and local and port):
+        if init_method != "env://" or not (hosts_it and local and port.isdecimal() and 0 < int(port) < 2**16):
             return None
-        listener = socket.create_server((host, port)).detach()
-        return TCPStore(host, port, is_master=True, multi_tenant=True, master_listen_fd=listener)
+        listener = socket.create_server((host, int(port))).detach()
+        return TCPStore(host, int(port), is_master=True, multi_tenant=True, master_listen_fd=listener)
 
     def _settle_backend(self) -> None:
         """nccl only where all ranks want it and no two share a GPU, on whatever hosts they are."""
