@@ -18,7 +18,8 @@ train=(-m noprop_dist.train "$1" --run.name "$name" "${@:2}")
 
 if ((nodes == 1)); then # nothing listens beyond the loopback interface: the agent meets itself at a file
     python "${train[@]}" --dry-run --ranks "$ranks" >/dev/null # tells a mistake once, not once a restart
-    address=127.0.0.1 interface=lo endpoint=$(mktemp) store=store_type=file
+    address=127.0.0.1 interface=lo endpoint=/dev/fd/3 store=store_type=file
+    file=$(mktemp) && exec 3<>"$file" && rm "$file" # open here alone: nothing to tidy up, nothing for others to write to
 else # by the route to the head: the hostname, which torchrun and gloo would go by, often means 127.0.0.1
     endpoint=${HEAD:-}
     [[ $endpoint == *:* ]] || die "NNODES is $nodes: set HEAD=address:port, one of the nodes, the same on all of them"
