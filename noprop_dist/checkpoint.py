@@ -45,17 +45,19 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     remedy = "use another checkpoint or --train.resume never"
     try:
         manifest: dict[str, Any] = json.loads((folder / MANIFEST).read_text())
-        sums: dict[str, str] = dict(manifest["sha256"])
-        int(manifest["step"]), dict(manifest["card"]), dict(manifest["data"])
+        sums: dict[str, str] = manifest["sha256"]
+        kinds = {"step": int, "card": dict, "data": dict, "sha256": dict}
+        if odd := [name for name, kind in kinds.items() if not isinstance(manifest[name], kind)]:
+            raise ValueError(f"its {odd[0]} is {manifest[odd[0]]!r:.40}")
         if not sums:
             raise ValueError("it lists no files")
     except OSError as error:
         raise UserError(f"{folder / MANIFEST}: no whole checkpoint here ({error.strerror}); {remedy}") from None
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(f"{folder / MANIFEST}: not a manifest ({error}); {remedy}") from None
     for name, expected in sums.items():
         try:
-            if Path(name).name != name:
+            if Path(name).name != name or "\0" in name:
                 raise UserError(f"{folder / MANIFEST}: lists {name!r}, which is no file name; {remedy}")
             found = digest((folder / name).read_bytes()).hex()
         except OSError as error:

@@ -73,7 +73,7 @@ class Trainer:
         if model is not None:
             model.save(self.folder.model)
             if start == self.total and self.folder.summary.exists():  # a finished run's figures stand
-                return json.loads(files.read(self.folder.summary)), model
+                return files.read_json(self.folder.summary), model
             parts = {"checkpoint": checkpoint, "tensorboard": self.folder.tensorboard, "model": self.folder.model}
             network = model.blocks[0]
             block = network.blocks[0] if isinstance(network, Backprop) else network

@@ -13,11 +13,15 @@ from typing import Any
 import pytest
 import torch
 
+import noprop_dist
+import noprop_dist.train
 from noprop_dist import Card
+from noprop_dist.launcher import train
 
 # The bits are promised for the CPU with one thread a rank; processes that tests start inherit both.
 os.environ |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 torch.set_num_threads(1)
+noprop_dist.train = train  # the command's module, once imported, stands in the function's place
 torch.zeros(
     (), requires_grad=True
 ).backward()  # autograd counts devices at its first call: before tests fake some, or forks fail

@@ -47,7 +47,9 @@ class World:
     def __init__(self, card: ParallelCard, placement: Placement, init_method: str = "env://") -> None:
         self._card, self._placement = card, placement
         self.rank, self.size = rank_and_size()
-        local_rank, local_size = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        local_rank, local_size = _launched("LOCAL_RANK", 0), _launched("LOCAL_WORLD_SIZE", 1)
+        if local_size == self.size > 1:
+            _keep_to_this_host()
         self.device, self.backend = choose_device(card, local_rank, local_size)
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
@@ -123,7 +125,11 @@ class World:
             init_method += f"?rank={self.rank}&world_size={self.size}"
         try:
             store = next(iter(rendezvous(init_method)))[0]
-        except (RuntimeError, ValueError) as error:
+        except ValueError as error:  # MASTER_ADDR or MASTER_PORT is missing, or no such thing
+            raise UserError(
+                f"environment: {str(error).split(': ')[-1]}; start ranks with torchrun, or unset WORLD_SIZE"
+            ) from None
+        except RuntimeError as error:
             raise PeerError(f"rank {self.rank} found no other rank at {init_method}: {str(error).splitlines()[0]}") from error
         store.set_timeout(timedelta(seconds=self._card.timeout))
         return PrefixStore(f"noprop-{next(_runs)}", store)  # the store outlives a run, a process may train again
@@ -167,8 +173,29 @@ class World:
 
 
 def rank_and_size() -> tuple[int, int]:
-    """This process's rank and the number of ranks, from torchrun's environment (0 of 1 without it)."""
-    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    """This process's rank and the number of ranks, from torchrun's environment (0 of 1 without it). Raises UserError for
+    nonsense there."""
+    rank, size = _launched("RANK", 0), _launched("WORLD_SIZE", 1)
+    if rank >= size:
+        raise UserError(f"environment: RANK {rank} is none of WORLD_SIZE {size}; start ranks with torchrun, or unset both")
+    return rank, size
+
+
+def _launched(name: str, default: int) -> int:
+    """A number in torchrun's environment: ranks from 0 on, sizes from 1 on."""
+    value = os.environ.get(name, str(default))
+    if not value.isdecimal() or int(value) < default:
+        raise UserError(
+            f"environment: {name} is {value!r}, no number from {default} on; start ranks with torchrun, or unset it"
+        )
+    return int(value)
+
+
+def _keep_to_this_host() -> None:
+    """The ports that gloo and NCCL open are for whoever reaches them: on the loopback, unless the user has named a network."""
+    for loopback in {name for _, name in socket.if_nameindex()} & {"lo", "lo0"}:
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", loopback)
+        os.environ.setdefault("NCCL_SOCKET_IFNAME", loopback)
 
 
 def choose_device(card: ParallelCard, local_rank: int, local_size: int) -> tuple[torch.device, str]:
@@ -187,7 +214,7 @@ def choose_device(card: ParallelCard, local_rank: int, local_size: int) -> tuple
 
 def set_threads(card: ParallelCard) -> int:
     """CPU threads of this rank: the card's, else $OMP_NUM_THREADS, else cores / local ranks. Returns the number."""
-    local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    local = _launched("LOCAL_WORLD_SIZE", 1)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     threads = card.threads or _omp_num_threads() or max(1, cores // local)
     torch.set_num_threads(threads)
@@ -201,4 +228,4 @@ def _omp_num_threads() -> int:
         with contextlib.suppress(OSError):
             given = Path(f"/proc/{os.getppid()}/environ").read_bytes().split(b"\0")
             value = next((item.partition(b"=")[2].decode() for item in given if item.startswith(b"OMP_NUM_THREADS=")), "")
-    return int(value) if value.isdecimal() else 0
+    return min(int(value), 1024) if value.isdecimal() else 0
