@@ -1,13 +1,15 @@
 # make demo    build .venv and train on four ranks, on real digits
 # make test    build .venv and run all tests (those that need MNIST skip unless NOPROP_DATA names a folder that holds it)
 # make lint    ruff, mypy, import-linter
+# make image-test   build the Dockerfile with buildah over a debootstrapped Debian and train in it (root, minutes, 20 GB);
+#                   ARGS: for buildah build, e.g. ARGS=--build-arg=TORCH_INDEX=https://download.pytorch.org/whl/cpu
 
 PYTHON ?= python3
 RANKS ?= 4
 ARGS ?=
 BIN := .venv/bin
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint image-test clean
 
 demo: .venv/installed
 	$(BIN)/torchrun --nproc_per_node=$(RANKS) -m noprop_dist.train $(ARGS)
@@ -20,6 +22,9 @@ lint: .venv/installed
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+image-test: .venv/installed
+	NOPROP_IMAGE='$(ARGS)' $(BIN)/python -m pytest tests/launch/test_image.py
 
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv

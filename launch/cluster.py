@@ -28,7 +28,6 @@ SETTINGS = {
 }
 LOCAL = "local"
 CURRENT = Path(os.environ.get("RAY_TMPDIR") or tempfile.gettempdir()) / "ray" / "ray_current_cluster"  # what Ray calls auto
-TOKEN = Path.home() / ".ray" / "auth_token"  # Ray's own place: who has it may use the cluster
 FREED_WITHIN = 15.0  # seconds that a cluster may take to notice what an earlier job has left
 OWN_FILES = ("npz", "imagefolder")
 
@@ -67,7 +66,7 @@ def prepare(address: str | None) -> str:
         os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
     if address == "auto":
         os.environ.setdefault("RAY_NUM_REDIS_GET_RETRIES", "2")  # not for a quarter of an hour
-    if address == LOCAL or TOKEN.exists():
+    if address == LOCAL:  # other clusters ask for a token where whoever started them has set this
         os.environ.setdefault("RAY_AUTH_MODE", "token")
     try:
         import ray  # noqa: F401
@@ -153,7 +152,7 @@ _describe = cache(describe)
 def settle(card: Card, arguments: argparse.Namespace) -> Card:
     """The card as all workers are to have it: absolute paths, a fixed name, a device, threads."""
     name = card.run.name or f"{time.strftime('%Y%m%d-%H%M%S', time.gmtime())}-{secrets.token_hex(2)}"
-    root = (card.data.root or default_root()).expanduser().absolute()
+    root = None if card.data.name == "digits" else (card.data.root or default_root()).expanduser().absolute()
     threads = card.parallel.threads or max(1, int(arguments.cpus))
     device = "cuda" if arguments.gpus else "cpu"
     return card.model_copy(

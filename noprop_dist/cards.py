@@ -8,6 +8,8 @@ from __future__ import annotations
 import argparse
 import difflib
 import os
+import re
+import reprlib
 from collections.abc import Callable, Mapping, Sequence
 from functools import reduce
 from pathlib import Path
@@ -15,6 +17,7 @@ from typing import Any, NoReturn
 
 import yaml
 from pydantic import ValidationError
+from pydantic_core import ErrorDetails
 from pydantic_settings import BaseSettings, CliSettingsSource, SettingsConfigDict
 from pydantic_settings.exceptions import SettingsError
 
@@ -88,6 +91,12 @@ def dump_card(card: Card) -> str:
     return yaml.safe_dump(card.model_dump(mode="json"), sort_keys=False)
 
 
+def explain(error: ValidationError) -> str:
+    """In one line what is wrong with values that no user typed: a checkpoint's, a model's."""
+    texts = (f"{'.'.join(map(str, item['loc']))}: {item['msg'].removeprefix('Value error, ')}" for item in error.errors())
+    return " ".join("; ".join(text.removeprefix(": ") for text in texts).split())
+
+
 def read_layers(path: Path, above: tuple[Path, ...] = ()) -> Layers:
     """The sections of a YAML card and of all that it builds on.
 
@@ -120,15 +129,36 @@ def read_yaml(path: Path) -> dict[str, Any]:
 def parse_yaml(path: Path, what: str = "card") -> Any:
     """What a YAML file holds. Raises UserError where it is missing or broken."""
     try:
-        return yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise UserError(f"{path}: cannot read this {what} ({reason}); name a YAML file") from None
+        return yaml.load(path.read_text(encoding="utf-8"), _Loader)
+    except UnicodeDecodeError:
+        raise UserError(f"{path}: cannot read this {what} (not UTF-8); save it as UTF-8, or name a YAML file") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot read this {what} ({error.strerror}); name a YAML file") from None
+    except RecursionError:
+        raise UserError(f"{path}: cannot read this {what} (brackets within brackets without end); mend it") from None
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f"{path}:{mark.line + 1}" if mark else str(path)
         reason = getattr(error, "problem", None) or getattr(error, "reason", error)
         raise UserError(f"{line}: not YAML ({reason}); mend that line") from None
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML's plain values; a key that stands twice, of which YAML would drop one without a word, is a mistake."""
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)
+        keys = [key for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        for number, key in enumerate(keys):
+            if key.value in [other.value for other in keys[:number]]:
+                raise yaml.MarkedYAMLError(problem=f"{key.value} stands twice", problem_mark=key.start_mark)
+        return node
+
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        try:
+            return super().construct_object(node, deep)
+        except ValueError as error:  # 2024-02-30 looks like a date
+            raise yaml.MarkedYAMLError(problem=str(error), problem_mark=node.start_mark) from None
 
 
 def setting_names() -> list[str]:
@@ -174,11 +204,28 @@ def _mistakes(error: ValidationError, layers: Layers, main: str) -> list[str]:
         place = next((place for place in reversed(layers) if name and _stands(layers[place], item["loc"])), main)
         if item["type"] == "extra_forbidden":
             lines.append(unknown_setting(name, place))
+        elif item["type"] == "model_type":
+            lines.append(f"{place}: {name}: is a section, as in '{name}: {{setting: value}}', not {_shown.repr(item['input'])}")
         elif not name:  # our own checks, which name their settings themselves
             lines += [f"{place}: {text}" for text in item["msg"].removeprefix("Value error, ").splitlines()]
         else:
-            lines.append(f"{place}: {name}: {item['msg'][0].lower()}{item['msg'][1:]}, not {item['input']!r}")
+            lines.append(
+                f"{place}: {name}: {item['msg'][0].lower()}{item['msg'][1:]}, not {_shown.repr(item['input'])}{_hint(item)}"
+            )
     return [" ".join(line.split()) for line in lines]
+
+
+_shown = reprlib.Repr()
+_shown.maxstring = _shown.maxother = 100
+
+
+def _hint(item: ErrorDetails) -> str:
+    """What a wrong value was probably meant to be."""
+    if item["type"] == "literal_error":
+        known = re.findall("'([^']*)'", item["ctx"]["expected"])
+        nearest = difflib.get_close_matches(str(item["input"]).lower(), known, n=1, cutoff=0.5)
+        return f"; did you mean {nearest[0]}?" if nearest else ""
+    return "; put it in quotes" if item["type"] == "string_type" and item["input"] is not None else ""
 
 
 def _stands(sections: Any, where: Sequence[int | str]) -> bool:

@@ -37,10 +37,11 @@ def digest(blob: bytes) -> bytes:
 def commit(folder: Path, facts: Mapping[str, Any], digests: Mapping[str, bytes]) -> None:
     """Declare a checkpoint whole: write its manifest, with ``facts`` (step, card, data) and the files' SHA-256 sums."""
     manifest = {**facts, "sha256": {name: value.hex() for name, value in sorted(digests.items())}}
-    write(folder / MANIFEST, json.dumps({**manifest, "own_sha256": _own_sum(manifest)}, indent=1).encode())
+    write(folder / MANIFEST, json.dumps({**manifest, "own_sha256": own_sum(manifest)}, indent=1).encode())
 
 
-def _own_sum(manifest: Mapping[str, Any]) -> str:
+def own_sum(manifest: Mapping[str, Any]) -> str:
+    """SHA-256 of what a manifest says, but for this sum itself, in hexadecimal digits."""
     return digest(json.dumps(manifest, sort_keys=True).encode()).hex()
 
 
@@ -50,19 +51,21 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     try:
         manifest: dict[str, Any] = json.loads((folder / MANIFEST).read_text())
         own: str = manifest.pop("own_sha256")
-        sums: dict[str, str] = dict(manifest["sha256"])
-        int(manifest["step"]), dict(manifest["card"]), dict(manifest["data"])
+        sums: dict[str, str] = manifest["sha256"]
+        kinds = {"step": int, "card": dict, "data": dict, "sha256": dict}
+        if odd := [name for name, kind in kinds.items() if not isinstance(manifest[name], kind)]:
+            raise ValueError(f"its {odd[0]} is {manifest[odd[0]]!r:.40}")
         if not sums:
             raise ValueError("it lists no files")
-        if own != _own_sum(manifest):
+        if own != own_sum(manifest):
             raise ValueError("its own SHA-256 is another one, it is damaged")
     except OSError as error:
         raise UserError(f"{folder / MANIFEST}: no whole checkpoint here ({error.strerror}); {remedy}") from None
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(f"{folder / MANIFEST}: not a manifest ({error}); {remedy}") from None
     for name, expected in sums.items():
         try:
-            if Path(name).name != name:
+            if Path(name).name != name or "\0" in name:
                 raise UserError(f"{folder / MANIFEST}: lists {name!r}, which is no file name; {remedy}")
             found = digest((folder / name).read_bytes()).hex()
         except OSError as error:

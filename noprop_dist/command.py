@@ -15,9 +15,16 @@ from noprop_dist.parallel.world import Stopped
 
 def run(main: Callable[[list[str]], None]) -> NoReturn:
     """Call ``main`` with the arguments and exit: 0; 2 for a user's mistake; 1 when another rank failed; 130 for Ctrl-C."""
+    if code := answer(main, sys.argv[1:]):
+        _leave(code)
+    sys.exit(0)
+
+
+def answer(main: Callable[[list[str]], None], argv: list[str]) -> int:
+    """Call ``main`` with ``argv``; the exit code, after telling on stderr what went wrong."""
     rank, local_rank = (os.environ.get(name, "0") for name in ("RANK", "LOCAL_RANK"))
     try:
-        main(sys.argv[1:])
+        main(argv)
     except UserError as error:
         prefix = ""
         if local_rank != "0" and not str(error).startswith("rank "):
@@ -25,17 +32,17 @@ def run(main: Callable[[list[str]], None]) -> NoReturn:
             prefix = f"rank {rank}: "
         for line in str(error).splitlines():
             print(f"error: {prefix}{line}", file=sys.stderr)
-        _leave(2)
+        return 2
     except Stopped:
         _let_another_speak()
-        _leave(2)
+        return 2
     except PeerError as error:
         print(f"error: {error}", file=sys.stderr)
-        _leave(1)
+        return 1
     except KeyboardInterrupt:
         print(f"rank {rank}: interrupted; the newest checkpoint stands", file=sys.stderr)
-        _leave(130)
-    sys.exit(0)
+        return 130
+    return 0
 
 
 def _let_another_speak() -> None:

@@ -16,13 +16,15 @@ from typing import Any
 from noprop_dist.cards import dump_card, load_card
 from noprop_dist.config import Card, UserError
 from noprop_dist.data import DataInfo, describe
-from noprop_dist.files import read, write
+from noprop_dist.files import check_ways, read_json, write
 from noprop_dist.launcher import check_baseline, resolve
 from noprop_dist.model import CONFIG
 from noprop_dist.parallel.placement import place
 from noprop_dist.report.curves import draw
 from noprop_dist.report.standings import markdown, show
 from noprop_dist.runs import FREE, RunFolder, differences, total_steps
+
+TABLES = ("table.md", "table.json", "curves.png")
 
 
 @dataclass(frozen=True)
@@ -47,8 +49,8 @@ class Run:
     @property
     def summary(self) -> dict[str, Any] | None:
         """What a finished run reports; None before."""
-        found = json.loads(read(self.folder.summary)) if self.folder.summary.exists() else None
-        return found if found and found["steps"] == self.steps else None
+        found: dict[str, Any] = read_json(self.folder.summary) if self.folder.summary.exists() else {}
+        return found if found.get("steps") == self.steps else None
 
 
 def plan(cards: Mapping[Path, Card], seeds: Sequence[int], ranks: int, out: Path) -> list[Run]:
@@ -58,6 +60,9 @@ def plan(cards: Mapping[Path, Card], seeds: Sequence[int], ranks: int, out: Path
     """
     if len(set(seeds)) < len(seeds) or min(seeds) < 0:
         raise UserError(f"command line: --seeds: {' '.join(map(str, seeds))} are not different numbers from 0 on; mend them")
+    check_ways(
+        (out, *(out / name for name in ("cards", "logs", "runs"))), (out / name for name in TABLES), "choose another --out"
+    )
     labels = {path: f"{path.resolve().parent.name}/{path.stem}" for path in cards}
     runs: list[Run] = []
     for path, card in cards.items():
@@ -85,7 +90,11 @@ def _refuse_another_card(run: Run, info: DataInfo) -> None:
         then, now = (card.model_dump(mode="json") for card in (load_card(run.folder.card), run.card))
         if changed := differences(then, now, FREE - {"inference"}):
             raise UserError(f"{run.folder.path}: has run with another card ({'; '.join(changed)}); choose another --out")
-        data = DataInfo.from_json(json.loads(read(run.folder.model / CONFIG))["data"])
+        config = run.folder.model / CONFIG
+        try:
+            data = DataInfo.from_json(read_json(config)["data"])
+        except (ValueError, KeyError):
+            raise UserError(f"{config}: damaged; delete {run.folder.path} to have it trained anew") from None
         if run.card.data.name in ("npz", "imagefolder") and data != info:  # of the others no file has been read yet
             raise UserError(f"{run.folder.path}: has run on other data than {run.card.data.root} holds; choose another --out")
 
@@ -110,7 +119,7 @@ def compare(runs: Sequence[Run], out: Path) -> bool:
     write(out / "table.md", markdown(entries).encode())
     draw(entries, out / "curves.png")
     show(entries)
-    for name in ("table.md", "table.json", "curves.png"):
+    for name in TABLES:
         print(out / name)
     return not errors
 

@@ -141,6 +141,8 @@ def _is_set(card: Card, setting: str) -> bool:
 def _contradictions(card: Card) -> Iterator[str]:
     method, blocks = card.method, card.model.blocks
     name, low, high = method.name, method.alpha_min, method.alpha_max
+    if card.data.name == "digits" and card.data.root:
+        yield f"data.root: digits are scikit-learn's own, {card.data.root} would not be read; name the data with --data.name"
     if low >= high:
         yield f"method.alpha_min: {low} is not below method.alpha_max {high}; lower it"
     if (card.inference.blocks or 0) > blocks:
@@ -180,4 +182,4 @@ def _contradictions(card: Card) -> Iterator[str]:
 
 def default_root() -> Path:
     """Where data lies when ``data.root`` is unset."""
-    return Path(os.environ.get("NOPROP_DATA", "data"))
+    return Path(os.environ.get("NOPROP_DATA") or "data")

@@ -17,7 +17,7 @@ from noprop_dist import command
 from noprop_dist.cards import read_card
 from noprop_dist.checkpoint import LABELS, MANIFEST, block_file, newest_whole, read_manifest
 from noprop_dist.config import Card, UserError
-from noprop_dist.data import open_data
+from noprop_dist.data import DataInfo, Split, open_data
 from noprop_dist.files import read, unpack
 from noprop_dist.learner import inference_state
 from noprop_dist.model import CONFIG, NoPropModel
@@ -42,7 +42,7 @@ def main(argv: list[str]) -> None:
         raise UserError(f"command line: this model cannot be evaluated with {'; '.join(changed)}; leave those out")
     set_threads(card.parallel)
     model.to(choose_device(card.parallel, 0, 1)[0])
-    scores = model.evaluate(open_data(card.data).test, **card.inference.model_dump())
+    scores = model.evaluate(_test_half(card, model.info), **card.inference.model_dump())
     accuracy = {"mean": scores.mean, "stochastic": scores.stochastic, "average": scores.average}
     path = card.inference.path
     print(json.dumps({"test_accuracy": accuracy[path], "path": path, "accuracy": accuracy, "blocks": scores.blocks}))
@@ -63,7 +63,20 @@ def load(folder: Path) -> NoPropModel:
     manifest = read_manifest(newest)
     card, info = trained_as(newest, manifest)
     blocks = {index: _state(newest / block_file(index)) for index in range(card.units)}
-    return NoPropModel.from_parts(card, info, blocks, _state(newest / LABELS))
+    try:
+        return NoPropModel.from_parts(card, info, blocks, _state(newest / LABELS))
+    except UserError as error:
+        raise UserError(f"{newest}: {error}") from None
+
+
+def _test_half(card: Card, trained: DataInfo) -> Split:
+    """Raises UserError where its images are not such as the model has been trained on."""
+    data = open_data(card.data)
+    for name in ("shape", "classes"):
+        there, here = getattr(trained, name), getattr(data.info, name)
+        if there != here:
+            raise UserError(f"data.root: {name} {here}, but this model knows {there}; name its own data with --data.root")
+    return data.test
 
 
 def _state(path: Path) -> dict[str, Tensor]:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load, save
 from torch import Tensor
 
@@ -34,6 +36,16 @@ def unpack(blob: bytes, place: object = "safetensors bytes") -> dict[str, Tensor
         raise UserError(f"{place}: not a whole safetensors file ({error}); use another checkpoint") from None
 
 
+def shapes(path: Path) -> dict[str, list[int]]:
+    """What a safetensors file holds, without reading it all. Raises UserError where it is broken or cannot be read."""
+    try:
+        with safe_open(path, "pt") as file:
+            return {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118 - it is no mapping
+    except (SafetensorError, OSError) as error:
+        what = str(error).removesuffix(f": {path}")
+        raise UserError(f"{path}: not a whole safetensors file ({what}); use another checkpoint") from None
+
+
 def write(path: Path, blob: bytes) -> None:
     """Write a file so that it is there whole or not at all. Creates its folder. Raises UserError on a disk's refusal."""
     partial = path.with_name(f".{path.name}.partial")
@@ -47,7 +59,17 @@ def write(path: Path, blob: bytes) -> None:
     except OSError as error:
         with contextlib.suppress(OSError):
             partial.unlink(missing_ok=True)
-        raise UserError(f"{path}: cannot write ({error.strerror}); free space or choose another --run.dir") from None
+        raise UserError(f"{path}: cannot write ({error.strerror}); free space or name another place") from None
+
+
+def check_ways(folders: Iterable[Path], plain: Iterable[Path], remedy: str) -> None:
+    """Raises UserError where a file stands in the place of one of the ``folders``, or the other way round, with ``remedy``."""
+    for path in folders:
+        if path.exists() and not path.is_dir():
+            raise UserError(f"{path}: is a file, where a folder belongs; move it away or {remedy}")
+    for path in plain:
+        if path.is_dir():
+            raise UserError(f"{path}: is a folder, where a file belongs; move it away or {remedy}")
 
 
 def read(path: Path) -> bytes:
@@ -56,3 +78,14 @@ def read(path: Path) -> bytes:
         return path.read_bytes()
     except OSError as error:
         raise UserError(f"{path}: cannot read ({error.strerror}); name a folder that holds this file") from None
+
+
+def read_json(path: Path, kind: type = dict) -> Any:
+    """The object (or, by ``kind``, list) in a JSON file. Raises UserError where it cannot be read or holds none."""
+    try:
+        value = json.loads(read(path))
+        if not isinstance(value, kind):
+            raise ValueError(f"no JSON {'object' if kind is dict else kind.__name__}")
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: damaged ({error}); delete it or bring a whole one back") from None
+    return value

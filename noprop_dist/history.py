@@ -8,6 +8,7 @@ from typing import Any
 
 from noprop_dist import files
 from noprop_dist.chain import PATHS
+from noprop_dist.config import UserError
 
 SHOWN = ("step", "epoch", "seconds", *PATHS)
 
@@ -16,14 +17,17 @@ class History:
     """Figures by step, kept in ``path``.
 
     ``checkpoint``: from which the run goes on at step ``start``, None at its beginning. What the checkpoint's own run noted up
-    to that step is taken over, be it this run or another.
+    to that step is taken over, be it this run or another. Raises UserError where that is damaged.
     """
 
     def __init__(self, path: Path, start: int, checkpoint: Path | None) -> None:
         self._path = path
         before = checkpoint.parents[1] / path.name if checkpoint else None
-        points = json.loads(files.read(before)) if before and before.exists() else []
-        self._points: dict[int, dict[str, Any]] = {point["step"]: point for point in points if point["step"] <= start}
+        points = files.read_json(before, list) if before and before.exists() else []
+        try:
+            self._points: dict[int, dict[str, Any]] = {point["step"]: point for point in points if point["step"] <= start}
+        except (KeyError, TypeError):
+            raise UserError(f"{before}: damaged (no list of steps); delete it or bring a whole one back") from None
         newest = max(self._points.values(), key=lambda point: int(point["step"]), default={})
         self.before = {name: newest.get(name, 0) for name in ("seconds", "steps", "bytes")}
         """Of training, before this start: how long it took, for how many steps, and what it sent."""

@@ -47,8 +47,9 @@ class Interruption:
             signal.set_wakeup_fd(wakeup)
             for number, handler in before.items():
                 signal.signal(number, handler or signal.SIG_DFL)
-            theirs.close()
+            theirs.shutdown(socket.SHUT_RDWR)  # not close alone: a forked worker that still lives would keep it open
             listener.join()
+            theirs.close()
             ours.close()
 
     def _listen(self, pipe: socket.socket) -> None:

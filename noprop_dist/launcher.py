@@ -15,6 +15,7 @@ from noprop_dist import files
 from noprop_dist.cards import dump_card
 from noprop_dist.config import LOCAL_METHODS, Card, UserError
 from noprop_dist.data import DataInfo, DataSet, check_classes, describe, open_data, resolve_augment
+from noprop_dist.history import History
 from noprop_dist.interruption import Interruption
 from noprop_dist.learning import travelling
 from noprop_dist.model import NoPropModel, fresh_labels
@@ -27,6 +28,7 @@ from noprop_dist.parallel.placement import COORDINATOR, place
 from noprop_dist.parallel.world import World, rank_and_size, set_threads
 from noprop_dist.report.console import log, print_placement, set_up_logging, size
 from noprop_dist.runs import LOCAL, Listener, RunFolder, claim_folder, differences, find_start
+from noprop_dist.saving import check_weights
 from noprop_dist.trainer import Trainer
 
 
@@ -191,10 +193,15 @@ def _with_name(card: Card, name: str) -> Card:
 def _begin(card: Card, info: DataInfo) -> tuple[str, str | None, int]:
     """Find the run's name, checkpoint and step, and write its card: the coordinator's work."""
     named = RunFolder(card.run.dir / card.run.name) if card.run.name else None
+    if named:
+        named.check()
     checkpoint, step, notes = find_start(card, info, named.checkpoints if named else None)
     for note in notes:
         log.warning("%s", note)
     if checkpoint:
+        check_weights(checkpoint, card, info)
+        past = checkpoint.absolute()
+        History(RunFolder(past.parents[1]).history, step, past)  # damaged? Better told now than after all have met
         log.info("resumes %s", checkpoint)
     folder = named or RunFolder(claim_folder(card.run.dir))
     files.write(folder.card, dump_card(_with_name(card, folder.path.name)).encode())

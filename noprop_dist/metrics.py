@@ -213,8 +213,8 @@ class RunLog:
         figures = self._history.at(self._world.step) if self._history else {}
         if self._card.inference.path in figures:
             figures["test_accuracy"] = figures[self._card.inference.path]
-        if not self._figures[0].isnan().all():
-            figures["loss"] = float(self._figures[0].nanmean())
+        if math.isfinite(loss := float(self._figures[0].nanmean())):
+            figures["loss"] = loss
         return figures
 
     def close(self) -> None:

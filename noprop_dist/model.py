@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import textwrap
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
@@ -12,6 +13,7 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 
 from noprop_dist import files
+from noprop_dist.cards import explain
 from noprop_dist.chain import PATHS, Scores, Segment, Tally, read_out
 from noprop_dist.config import Card, UserError
 from noprop_dist.data import DataInfo, Pixels, Split, test_indices
@@ -95,9 +97,11 @@ class NoPropModel(nn.Module):
         """Read what :meth:`save` wrote. Raises UserError naming the file that is missing or does not fit."""
         path = Path(folder) / CONFIG
         try:
-            config = json.loads(files.read(path))
+            config = files.read_json(path)
             model = cls(Card.model_validate(config["card"]), DataInfo.from_json(config["data"]))
-        except (ValueError, KeyError, TypeError, ValidationError) as error:
+        except ValidationError as error:
+            raise UserError(f"{path}: not a model's config ({explain(error)}); gather the model again") from None
+        except (ValueError, KeyError, TypeError, RuntimeError) as error:  # of the card, or of a network that it asks for
             raise UserError(f"{path}: not a model's config ({str(error).splitlines()[0]}); gather the model again") from None
         place = Path(folder) / WEIGHTS
         model._load(files.unpack(files.read(place), place), place)
@@ -117,7 +121,8 @@ class NoPropModel(nn.Module):
         try:
             self.load_state_dict(tensors)
         except RuntimeError as error:
-            raise UserError(f"{place}: weights of another model ({str(error).splitlines()[-1].strip()})") from None
+            what = textwrap.shorten(str(error).splitlines()[-1], 200, placeholder=" ...")
+            raise UserError(f"{place}: weights of another model ({what}); use those of this card's own run") from None
 
     def _with(self, inference: Mapping[str, Any]) -> Card:
         card = self.card.model_dump()
@@ -125,7 +130,7 @@ class NoPropModel(nn.Module):
         try:
             return Card.model_validate(card)
         except ValidationError as error:
-            raise UserError("\n".join(item["msg"].removeprefix("Value error, ") for item in error.errors())) from None
+            raise UserError(explain(error)) from None
 
     def _segment(self, card: Card) -> Segment:
         blocks = {index: cast(Block, block) for index, block in enumerate(self.blocks)}

@@ -12,7 +12,8 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from noprop_dist import checkpoint
+from noprop_dist import checkpoint, files
+from noprop_dist.cards import explain
 from noprop_dist.config import Card, UserError
 from noprop_dist.data import DataInfo
 
@@ -80,6 +81,13 @@ class RunFolder:
         """The end table as JSON."""
         return self.path / "summary.json"
 
+    def check(self) -> None:
+        """Raises UserError where something is in the way of a part, which a run may meet only at its end."""
+        folders = (self.path.parent, self.path, self.checkpoints, self.model, self.tensorboard)
+        files.check_ways(folders, (self.card, self.history, self.summary), "give another --run.name or --run.dir")
+        if self.summary.exists():
+            files.read_json(self.summary)
+
 
 @dataclass(frozen=True)
 class Progress:
@@ -133,6 +141,8 @@ def find_start(card: Card, info: DataInfo, checkpoints: Path | None) -> tuple[Pa
     """
     if card.train.resume not in ("auto", "never"):
         found, notes = Path(card.train.resume), list[str]()
+        if not found.is_dir():
+            raise UserError(f"train.resume: no folder {found}; give auto, never, or a checkpoint's folder")
     elif checkpoints is None or not checkpoints.exists():
         return None, 0, []
     elif card.train.resume == "never":
@@ -175,9 +185,8 @@ def trained_as(folder: Path, manifest: Mapping[str, Any]) -> tuple[Card, DataInf
     """The card and the data of a checkpoint, from its manifest. Raises UserError where this version cannot read them."""
     try:
         return Card.model_validate(manifest["card"]), DataInfo.from_json(manifest["data"])
-    except (TypeError, ValidationError) as error:
-        reason = "; ".join(item["msg"] for item in error.errors()) if isinstance(error, ValidationError) else str(error)
-        reason = " ".join(reason.removeprefix("Value error, ").split())
+    except ValidationError as error:
+        reason = explain(error)
         raise UserError(f"{folder}: written by another version ({reason}); train anew, under another --run.name") from None
 
 

@@ -13,9 +13,9 @@ from torch import Tensor
 from noprop_dist import checkpoint
 from noprop_dist.config import Card, UserError
 from noprop_dist.data import DataInfo
-from noprop_dist.files import pack, read, unpack, write
+from noprop_dist.files import pack, read, shapes, unpack, write
 from noprop_dist.learner import Learner
-from noprop_dist.model import NoPropModel
+from noprop_dist.model import NoPropModel, fresh_block, fresh_labels
 from noprop_dist.parallel.gather import collect, deliver
 from noprop_dist.parallel.placement import Placement
 from noprop_dist.parallel.publication import Publication
@@ -163,6 +163,19 @@ def _home(root: Path, index: int) -> Path:
 
 def _facts(step: int, card: Card, info: DataInfo) -> dict[str, Any]:
     return {"step": step, "card": card.model_dump(mode="json"), "data": info.to_json()}
+
+
+def check_weights(folder: Path, card: Card, info: DataInfo) -> None:
+    """Before anyone waits for anyone: raises UserError naming a file of a checkpoint whose weights are not this card's."""
+    cpu = torch.device("cpu")
+    with torch.random.fork_rng([]):
+        block, labels = fresh_block(card, info, 0, cpu), fresh_labels(card, info, cpu)
+    for name, module in [*((checkpoint.block_file(index), block) for index in range(card.units)), (checkpoint.LABELS, labels)]:
+        there = {key.removeprefix("model."): shape for key, shape in shapes(folder / name).items() if key.startswith("model.")}
+        here = {key: list(tensor.shape) for key, tensor in module.state_dict().items()}
+        if odd := sorted(key for key in there.keys() | here.keys() if there.get(key) != here.get(key)):
+            what = f"{odd[0]}: {there.get(odd[0], 'missing')} there, {here.get(odd[0], 'missing')} here"
+            raise UserError(f"{folder / name}: weights of another model ({what}); use another checkpoint")
 
 
 def _load(learner: Learner | Publication, blob: bytes, path: Path) -> None:

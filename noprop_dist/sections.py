@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import difflib
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 from pydantic_core import PydanticCustomError
 
 BACKBONE_NAMES = ("paper-cnn", "small-cnn", "mlp", "resnet18", "resnet34", "resnet50", "vit-tiny")
@@ -24,19 +24,41 @@ class UserError(Exception):
 class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
 
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_switch_for_a_number(cls, value: Any, info: ValidationInfo) -> Any:
+        """YAML reads yes, no, on and off as truth values, which pydantic would take for 1 and 0."""
+        if isinstance(value, bool) and cls.model_fields[str(info.field_name)].annotation in (int, float, int | None):
+            raise PydanticCustomError("switch", "Input should be a number")
+        return value
+
+
+def _usable(path: Path) -> Path:
+    """``path`` with its ``~`` resolved, if a file can have that name."""
+    try:
+        path = path.expanduser()
+        if b"\0" not in str(path).encode():
+            return path
+    except (RuntimeError, UnicodeEncodeError):  # no such user; bytes of the command line that are no UTF-8
+        pass
+    raise PydanticCustomError("path", "Input should be a path in UTF-8, its ~ the home of a user that there is")
+
+
+Place = Annotated[Path, AfterValidator(_usable)]
+
 
 class DataCard(Section):
     name: Literal["digits", "mnist", "fashion-mnist", "kmnist", "cifar10", "cifar100", "svhn", "imagefolder", "npz"] = "digits"
     """The data set. digits is bundled with scikit-learn; imagefolder and npz are your own pictures."""
-    root: Path | None = None
+    root: Place | None = None
     """Where the data lies: torchvision's root, the image folder, or the .npz file. Default: $NOPROP_DATA, else ./data."""
-    batch_size: int = Field(128, gt=1)
+    batch_size: int = Field(128, gt=1, le=1_000_000)
     """Images per step (the same batch for every block)."""
     augment: Literal["auto", "none", "crop", "crop-flip"] = "auto"
     """Random crops and flips of training images; auto: crop-flip for CIFAR and image folders, crop for SVHN, else none."""
-    image_size: int = Field(64, ge=8)
+    image_size: int = Field(64, ge=8, le=2048)
     """imagefolder: side in pixels to which pictures are resized and centre-cropped."""
-    workers: int = Field(2, ge=0)
+    workers: int = Field(2, ge=0, le=256)
     """imagefolder: decoding processes on the coordinator."""
 
 
@@ -67,12 +89,12 @@ class MethodCard(Section):
     label_noise: float = Field(0.1, ge=0, lt=1)
     """dt, ct, fm: probability that a block's z is noised from a wrong label while training (it still has to name the
     right one). Unset, 0 for fm."""
-    ode_steps: int = Field(10, ge=1)
+    ode_steps: int = Field(10, ge=1, le=100_000)
     """adjoint: Heun's steps from z(0) to z(1), in training as in inference; each costs the small layers twice."""
 
 
 class ModelCard(Section):
-    blocks: int = Field(10, ge=1)
+    blocks: int = Field(10, ge=1, le=1000)
     """dt, backprop: T, the number of denoising blocks, each a step. ct, fm: K, the number of blocks that share the time;
     unset, 1 (the paper's). The other baselines have one."""
     backbone: str = "auto"
@@ -81,7 +103,7 @@ class ModelCard(Section):
     embedding: Literal["one-hot", "learned", "prototype"] = "one-hot"
     """Class embeddings W. one-hot: fixed. learned: embedding_dim numbers a class. prototype: learned, of the image's size;
     starts from each class's medoid image."""
-    embedding_dim: int = Field(20, ge=1)
+    embedding_dim: int = Field(20, ge=1, le=100_000)
     """learned: d, numbers a class."""
     embedding_lag: int = Field(10, ge=1)
     """dt, ct, fm, with learned or prototype: their values are sent to the blocks every so many steps, and used from so many
@@ -149,15 +171,15 @@ class TrainCard(Section):
 class ParallelCard(Section):
     feed: Literal["stream", "resident"] = "stream"
     """stream: the coordinator broadcasts every batch; resident: it broadcasts the data set once and ranks pick batches."""
-    prefetch: int = Field(2, ge=0)
+    prefetch: int = Field(2, ge=0, le=1000)
     """stream: batches sent ahead of need."""
     backend: Literal["auto", "gloo", "nccl"] = "auto"
     """Carrier of batches; auto: nccl where every local rank has a GPU of its own, else gloo."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where blocks train; auto: a GPU if there is one."""
-    threads: int = Field(0, ge=0)
+    threads: int = Field(0, ge=0, le=1024)
     """CPU threads a rank; 0: $OMP_NUM_THREADS, else cores / local ranks."""
-    timeout: float = Field(600.0, gt=0)
+    timeout: float = Field(600.0, gt=0, le=1e6)
     """Seconds that a rank waits for another before it gives up and names it."""
 
 
@@ -165,27 +187,27 @@ class InferenceCard(Section):
     path: Literal["mean", "stochastic", "average"] = "mean"
     """What the run's test_accuracy stands for. mean: z_0 = 0, no noise; stochastic: the paper's chain; average: mean of
     every block's û along stochastic chains. All three are always reported (cnn and liquid have no chain: they are the same)."""
-    samples: int = Field(1, ge=1)
+    samples: int = Field(1, ge=1, le=100_000)
     """Stochastic chains averaged per image."""
     blocks: int | None = Field(None, ge=1)
     """Early exit: use only the first so many blocks."""
     solver: Literal["auto", "sde", "euler", "midpoint", "heun", "rk4", "dopri5"] = "auto"
     """ct, fm: from z_0 to z_1. sde (ct): ancestral steps, eqs 3-5 on a fine grid; the others: the probability-flow ODE (ct) or
     eq 10's flow (fm) by torchdiffeq. auto: sde for ct, heun for fm."""
-    steps: int = Field(50, ge=1)
+    steps: int = Field(50, ge=1, le=100_000)
     """ct, fm: steps from 0 to 1, shared among the blocks by their intervals. dopri5 chooses its own."""
     tolerance: float = Field(1e-3, ge=1e-6)
     """dopri5: relative and absolute, of a whole batch: an image's result depends a little on the others in it."""
     readout: Literal["auto", "head", "nearest"] = "auto"
     """How the last z names a class: by the head or by the nearest embedding; auto: nearest for fm, else head."""
-    batch_size: int = Field(500, ge=1)
+    batch_size: int = Field(500, ge=1, le=1_000_000)
     """Images per evaluation batch."""
 
 
 class RunCard(Section):
-    dir: Path = Path("runs")
+    dir: Place = Path("runs")
     """Folder of all runs."""
-    name: str | None = Field(None, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    name: str | None = Field(None, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=250)
     """Folder of this run inside dir; default: a time stamp. Give a name to be able to resume."""
     seed: int = Field(0, ge=0)
     """Seed of everything random."""

@@ -109,7 +109,7 @@ class Trainer:
         if model is not None:
             model.save(self.folder.model)
             if start == self.total and self.folder.summary.exists():  # a finished run's figures stand
-                summary = json.loads(files.read(self.folder.summary))
+                summary = files.read_json(self.folder.summary)
             else:
                 self._complete(summary, model, checkpoint)
         shutil.rmtree(self.folder.alone, ignore_errors=True)

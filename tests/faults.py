@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from conftest import fork_ranks
+from ranks import fork_ranks
 
 from noprop_dist import Card, checkpoint, files, saving, train, trainer
 from noprop_dist.parallel import heartbeat

@@ -13,8 +13,6 @@ import numpy as np
 import pytest
 import yaml
 
-from noprop_dist.compare import main
-from noprop_dist.config import UserError
 from noprop_dist.report.curves import draw
 
 COMPARE = [sys.executable, "-m", "noprop_dist.compare"]
@@ -101,41 +99,6 @@ def test_a_run_that_fails_is_told_and_the_others_go_on(tmp_path):
     assert entries["c/good"]["seeds"]["0"]["steps"] == 6
     line = "failed: c/bad, seed 0: parallel.device: cuda was asked for, but torch sees no GPU here; use cpu or auto"
     assert line in said and line in (tmp_path / "out/table.md").read_text()
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["a/x.yaml", "missing.yaml"], "missing.yaml: cannot read this card"),
-        (["a/x.yaml", "a/x.yaml"], "a/x.yaml is given twice"),
-        (["a/x.yaml", "b/a/x.yaml"], "b/a/x.yaml: another card is called a/x too"),
-        (["a/x.yaml", "a/large.yaml"], "a/large.yaml: model.backbone: paper-cnn needs images"),
-        (["a/x.yaml", "a/wrong.yaml"], "a/wrong.yaml: train.epochs"),
-        (["a/x.yaml", "--train.epohcs", "3"], "unknown setting train.epohcs; did you mean train.epochs?"),
-        (["a/x.yaml", "--optim.lr", "fast"], "command line: optim.lr"),
-        (["a/x.yaml", "--seeds", "0", "0"], "--seeds: 0 0 are not different numbers"),
-        (["a/x.yaml", "--seeds", "-1"], "--seeds"),
-        (["a/x.yaml", "--seeds", "one"], "--seeds: invalid int value: 'one'"),
-        (["a/x.yaml", "--ranks", "0"], "a/x.yaml: 0 ranks: at least one is needed"),
-        (["a/x.yaml", "--run.seed", "3"], "use --out DIR and --seeds"),
-        ([], "required: cards"),
-    ],
-)
-def test_a_mistake_is_one_line_before_the_first_run_starts(arguments, message, tmp_path, monkeypatch):
-    write_cards(tmp_path, a_x={}, b_x={}, a_large={"model": {"backbone": "paper-cnn"}}, a_wrong={"train": {"epochs": "many"}})
-    (tmp_path / "b/a").mkdir()
-    (tmp_path / "b/a/x.yaml").write_text("")
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(UserError) as caught:
-        main(arguments)
-    assert re.fullmatch(rf".*{re.escape(message)}.*", str(caught.value)), caught.value
-    assert {path.name for path in tmp_path.iterdir()} == {"a", "b"}, "something was written"
-
-
-def test_started_under_torchrun_it_says_how_to_start_it(monkeypatch):
-    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
-    with pytest.raises(UserError, match=r"^compare: it starts ranks itself; start it plainly, .* --ranks N$"):
-        main(["x.yaml"])
 
 
 def test_the_picture_has_a_line_a_card_against_epochs_and_against_seconds(tmp_path, monkeypatch):

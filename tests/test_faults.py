@@ -159,7 +159,7 @@ def test_a_full_disk_is_named_the_last_checkpoint_stands_and_with_space_the_run_
     full = [error for error in (first, other) if isinstance(error, UserError)]
     assert full, (first, other)
     for error in full:
-        assert re.search(r"cannot write \(No space left on device\); free space or choose another --run\.dir", str(error))
+        assert re.search(r"cannot write \(No space left on device\); free space or name another place", str(error))
     folder = RunFolder(small_disk / "run")
     assert newest_whole(folder.checkpoints)[0] == folder.checkpoints / "step-00000006"
     assert not list(folder.path.rglob("*.partial")), "something half-written stays"

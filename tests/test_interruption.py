@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -23,8 +24,15 @@ from noprop_dist.trainer import Trainer
 LONG = 100_000  # steps: longer than any test waits
 
 
+def heed_signals() -> None:
+    """Also where whoever started the tests ignores some, as a shell does for what it starts in the background."""
+    for number in interruption.SIGNALS:
+        signal.signal(number, signal.SIG_DFL)
+
+
 def stop_in_step(number: int, step: int = 4) -> Callable[[], None]:
     """Have this process send itself a signal while it does ``step``."""
+    heed_signals()
     usual = Trainer._step
 
     def stepped(self: Trainer, now: int, *args: Any) -> None:
@@ -164,7 +172,7 @@ def test_a_command_that_is_signalled_saves_and_says_how_to_go_on(command, target
     checkpoints = tmp_path / "runs/mine/checkpoints"
     with open(tmp_path / "log", "w") as log:
         start = [sys.executable, *command, "--run.name", "mine"]
-        process = subprocess.Popen(start, cwd=tmp_path, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
+        process = subprocess.Popen(start, cwd=tmp_path, stdout=log, stderr=subprocess.STDOUT, preexec_fn=heed_signals)
     while not list(checkpoints.glob("*/manifest.json")):
         assert process.poll() is None, (tmp_path / "log").read_text()
         threading.Event().wait(0.05)
@@ -177,3 +185,12 @@ def test_a_command_that_is_signalled_saves_and_says_how_to_go_on(command, target
     assert "Traceback" not in said or target == "itself"  # torchrun's own
     newest = sorted(checkpoints.iterdir())[-1]
     assert f"saved {newest.relative_to(tmp_path)}" in said and read_manifest(newest)["step"] > 0
+
+
+def test_listening_ends_although_a_forked_worker_still_lives():
+    """It has inherited the pipe that the listener reads."""
+    with interruption.Interruption().listening():
+        worker = multiprocessing.get_context("fork").Process(target=signal.pause, daemon=True)
+        worker.start()
+    assert worker.is_alive()
+    worker.kill()

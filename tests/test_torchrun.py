@@ -191,42 +191,6 @@ def test_dry_run_starts_and_writes_nothing(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--modle.blocks", "3"], "unknown setting modle.blocks; did you mean model.blocks?"),
-        (["--train.epochs", "many"], "train.epochs"),
-        (["missing.yaml"], "missing.yaml: cannot read this card"),
-        (["--data.name", "npz", "--data.root", "none.npz"], "none.npz"),
-        (["--data.name", "mnist", "--data.root", "empty"], "empty"),
-        (["--model.backbone", "paper-cnn"], "paper-cnn needs images of at least 14 pixels"),
-        (["--train.resume", "nowhere"], "nowhere"),
-        (["--parallel.device", "cuda"], "torch sees no GPU"),
-        (["--dry-run", "--ranks", "0"], "at least one is needed"),
-        (["--ranks", "4"], "--ranks goes with --dry-run"),
-    ],
-)
-def test_a_mistake_is_one_line_and_exit_code_2(arguments, message, tmp_path):
-    if "cuda" in arguments and torch.cuda.is_available():
-        pytest.skip("there is a GPU here")
-    result = run(*PYTHON, "noprop_dist.train", *arguments, cwd=tmp_path, expect=2)
-    assert re.fullmatch(rf"error: .*{re.escape(message)}.*\n", result.stderr), result.stderr
-    assert not (tmp_path / "runs").exists(), "something was half-written"
-
-
-def test_more_ranks_than_blocks_says_what_to_do(tmp_path):
-    command = [*TORCHRUN, "--nproc_per_node=2", "-m", "noprop_dist.train", "--model.blocks", "1"]
-    result = run(*command, cwd=tmp_path, expect=1)  # torchrun's own exit code
-    assert result.stderr.count("error: 2 ranks for 1 block: every rank owns at least one; start at most 1 rank") == 1
-
-
-def test_a_mistake_of_one_rank_alone_is_told_with_its_number(tmp_path):
-    script = tmp_path / "start.sh"
-    script.write_text(f'exec {sys.executable} -m noprop_dist.train $([ "$RANK" = 1 ] && echo --model.bloks 4)')
-    command = [*TORCHRUN, "--nproc_per_node=2", "--no-python", "bash", str(script)]
-    assert "error: rank 1: command line: unknown setting model.bloks" in run(*command, cwd=tmp_path, expect=1).stderr
-
-
 def test_threads_a_rank_are_cores_by_ranks_unless_the_user_says(tmp_path):
     """torchrun itself sets OMP_NUM_THREADS to 1, which is not the user's word."""
     probe = tmp_path / "probe.py"

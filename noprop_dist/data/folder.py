@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Iterable, Iterator
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision.datasets import ImageFolder
@@ -16,6 +18,9 @@ from torchvision.transforms import v2
 from noprop_dist.config import DataCard, UserError
 from noprop_dist.data.info import DataInfo, DataSet, moments
 from noprop_dist.interruption import SIGNALS
+
+MODES = {"1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "YCbCr"}
+"""Pillow's kinds of pictures that become RGB without loss or guess; of 16 bits it would clip all but the darkest pixels."""
 
 
 class FolderSplit:
@@ -66,6 +71,7 @@ def open_folder(card: DataCard, root: Path) -> DataSet:
         raise UserError(f"{root}: the class folders differ ({where}{', ...' * (len(odd) > 4)}); give both halves the same ones")
     if len(train.classes) < 2:
         raise UserError(f"{train_home}: only one class folder, {train.classes[0]}; give at least two classes")
+    _check_headers(path for half in (train, test) for path, _ in half.samples)
     splits = [FolderSplit(half, card.image_size, card.workers) for half in (train, test)]
     sample = torch.linspace(0, len(train) - 1, min(512, len(train))).round().long()
     mean, std = moments(images for images, _ in splits[0].batches(torch.split(sample, 32)))
@@ -84,6 +90,32 @@ def _open_half(path: Path, size: int) -> ImageFolder:
         raise UserError(f"{error.filename or path}: {error.strerror}; make it readable") from None
 
 
+def _check_headers(paths: Iterable[str]) -> None:
+    """Raises UserError for pictures that cannot be used: now, not when their turn comes. Takes some 0.05 ms each."""
+    with ThreadPool(16) as pool:  # for disks that are far away
+        found = [mistake for mistake in pool.imap(_mistake, paths, chunksize=64) if mistake]
+    if found:
+        raise UserError(found[0] + (f" ({len(found)} pictures are of no use)" if len(found) > 1 else ""))
+
+
+def _mistake(path: str) -> str | None:
+    """What its header tells against a picture; one that is cut short is found when its turn comes."""
+    try:
+        with Image.open(path) as picture:
+            mode = picture.mode
+    except Exception as error:
+        return _unreadable(path, error)
+    depth = "16 or 32 bits a pixel" if mode.startswith(("I", "F")) else f"colours in {mode}"
+    return None if mode in MODES else f"{path}: a picture of {depth}, not 8-bit grey or RGB; convert it"
+
+
+def _unreadable(path: str, error: Exception) -> str:
+    """A broken picture raises OSError, SyntaxError, struct.error, ..."""
+    why = getattr(error, "strerror", None) or str(error).split(" <")[0] or type(error).__name__
+    why = " ".join(why.replace(repr(path), "it").split())
+    return f"{path}: not a readable picture ({why}); replace or remove it"
+
+
 class _Pictures(Dataset[tuple[Tensor, Tensor]]):
     """Decodes a whole batch at a time, which is how the DataLoader asks where there is a ``__getitems__``."""
 
@@ -100,10 +132,8 @@ class _Pictures(Dataset[tuple[Tensor, Tensor]]):
         for row in rows:
             try:
                 images.append(self._folder[row][0])
-            except Exception as error:  # a broken picture raises OSError, SyntaxError, struct.error, ...
-                why = getattr(error, "strerror", None) or str(error).split(" <")[0] or type(error).__name__
-                why = " ".join(why.split())
-                return f"{self._folder.samples[row][0]}: not a readable picture ({why}); replace or remove it"
+            except Exception as error:
+                return _unreadable(self._folder.samples[row][0], error)
         return torch.stack(images), torch.tensor([self._folder.targets[row] for row in rows])
 
 

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
 import torch
+from pydantic import PositiveInt, TypeAdapter
 from torch import Tensor
 
 
@@ -15,7 +16,7 @@ class DataInfo:
     """The facts of a data set. Small and plain: it travels to every rank and into every checkpoint's manifest."""
 
     name: str
-    shape: tuple[int, int, int]
+    shape: tuple[PositiveInt, PositiveInt, PositiveInt]
     """(C, H, W) of every image."""
     classes: tuple[str, ...]
     """Class names; label i is classes[i]."""
@@ -32,9 +33,14 @@ class DataInfo:
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> DataInfo:
-        """The inverse of :meth:`to_json`, also after a trip through JSON, which turns tuples into lists."""
-        fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
-        return cls(**fields)
+        """The inverse of :meth:`to_json`, also after a trip through JSON, which turns tuples into lists.
+
+        Raises pydantic's ValidationError for other values than a data set's.
+        """
+        return _CHECKED.validate_python(values)
+
+
+_CHECKED = TypeAdapter(DataInfo)
 
 
 class Split(Protocol):

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import zipfile
-import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -115,7 +113,7 @@ def _read_npz(path: Path) -> dict[str, np.ndarray[Any, Any]]:
         archive = np.load(path, allow_pickle=False)
         if not isinstance(archive, np.lib.npyio.NpzFile):
             raise ValueError("a single array")
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+    except Exception as error:  # numpy and zipfile raise a dozen kinds for a damaged file
         why = f" ({error.strerror})" if isinstance(error, OSError) and error.strerror else ""
         raise UserError(f"{path}: not a readable .npz file{why}; {advice}") from None
     arrays = {}
@@ -125,11 +123,9 @@ def _read_npz(path: Path) -> dict[str, np.ndarray[Any, Any]]:
         for key in KEYS:
             try:
                 arrays[key] = archive[key]
-            except ValueError as error:
-                if "pickle" not in str(error):
-                    raise UserError(f"{path}: {key} is damaged; write the file again") from None
-                raise UserError(f"{path}: {key} is an array of Python objects; store plain numbers") from None
-            except (OSError, EOFError, zipfile.BadZipFile, zlib.error):
+            except Exception as error:
+                if "allow_pickle" in str(error):
+                    raise UserError(f"{path}: {key} is an array of Python objects; store plain numbers") from None
                 raise UserError(f"{path}: {key} is damaged; write the file again") from None
             if not isinstance(arrays[key], np.ndarray):  # a member that is no .npy comes back as bytes
                 raise UserError(f"{path}: {key} is not an array; {advice}")
@@ -138,7 +134,11 @@ def _read_npz(path: Path) -> dict[str, np.ndarray[Any, Any]]:
 
 def _check_images(place: str, images: np.ndarray[Any, Any]) -> None:
     if images.dtype != np.uint8:
-        recipe = "(x * 255).round().astype('uint8') if x is 0..1" if images.dtype.kind == "f" else "x.astype('uint8')"
+        recipe = "x.astype('uint8')"
+        if images.dtype.kind == "f":
+            recipe = "(x * 255).round().astype('uint8') if x is 0..1"
+        elif images.size and images.dtype.kind in "iu" and images.max() > 255:
+            recipe = "(x >> 8).astype('uint8') if x is 0..65535"
         raise UserError(f"{place} has dtype {images.dtype}, not uint8; convert it, e.g. {recipe}")
     if images.ndim not in (3, 4) or (images.ndim == 4 and not {images.shape[1], images.shape[3]} & {1, 3}):
         raise UserError(f"{place} has shape {images.shape}; make it NHW, NHWC or NCHW with 1 or 3 channels")
@@ -151,7 +151,8 @@ def _check_labels(path: Path, half: str, arrays: dict[str, np.ndarray[Any, Any]]
     if labels.dtype.kind not in "iu":
         raise UserError(f"{place} has dtype {labels.dtype}; store class numbers as integers, e.g. y.astype('int64')")
     if labels.ndim != 1:
-        raise UserError(f"{place} has shape {labels.shape}; give one class number an image, e.g. y.ravel()")
+        recipe = "y.argmax(1)" if labels.ndim == 2 and labels.shape[1] > 1 else "y.ravel()"
+        raise UserError(f"{place} has shape {labels.shape}; give one class number an image, e.g. {recipe}")
     if len(labels) != len(images):
         raise UserError(f"{place} has {len(labels)} labels for {len(images)} images; give one label an image")
     if labels.min() < 0:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,11 +12,13 @@ from typing import Any
 import torch
 from filelock import FileLock
 from torchvision import datasets
+from torchvision.datasets.mnist import read_sn3_pascalvincent_tensor
 
 from noprop_dist.config import UserError
 from noprop_dist.data.info import DataInfo, DataSet
 from noprop_dist.data.memory import Arrays, channels_first, in_memory
 
+LOCK = ".noprop.lock"
 _DIGITS = tuple("0123456789")
 _CIFAR100 = """
     apple aquarium_fish baby bear beaver bed bee beetle bicycle bottle bowl boy bridge bus butterfly camel can
@@ -32,6 +35,8 @@ _CIFAR100 = """
 class _Source:
     kind: str
     """Class in torchvision.datasets."""
+    places: tuple[str, ...]
+    """Where torchvision puts its files: names in the root."""
     shape: tuple[int, int, int]
     classes: tuple[str, ...]
     sizes: tuple[int, int] = (60000, 10000)
@@ -39,17 +44,20 @@ class _Source:
 
 
 SOURCES = {
-    "mnist": _Source("MNIST", (1, 28, 28), _DIGITS),
-    "fashion-mnist": _Source("FashionMNIST", (1, 28, 28), tuple(datasets.FashionMNIST.classes)),
-    "kmnist": _Source("KMNIST", (1, 28, 28), tuple(datasets.KMNIST.classes)),
+    "mnist": _Source("MNIST", ("MNIST",), (1, 28, 28), _DIGITS),
+    "fashion-mnist": _Source("FashionMNIST", ("FashionMNIST",), (1, 28, 28), tuple(datasets.FashionMNIST.classes)),
+    "kmnist": _Source("KMNIST", ("KMNIST",), (1, 28, 28), tuple(datasets.KMNIST.classes)),
     "cifar10": _Source(
         "CIFAR10",
+        ("cifar-10-batches-py", "cifar-10-python.tar.gz"),
         (3, 32, 32),
         ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"),
         (50000, 10000),
     ),
-    "cifar100": _Source("CIFAR100", (3, 32, 32), tuple(_CIFAR100.split()), (50000, 10000)),
-    "svhn": _Source("SVHN", (3, 32, 32), _DIGITS, (73257, 26032)),
+    "cifar100": _Source(
+        "CIFAR100", ("cifar-100-python", "cifar-100-python.tar.gz"), (3, 32, 32), tuple(_CIFAR100.split()), (50000, 10000)
+    ),
+    "svhn": _Source("SVHN", ("train_32x32.mat", "test_32x32.mat"), (3, 32, 32), _DIGITS, (73257, 26032)),
 }
 
 
@@ -64,7 +72,7 @@ def open_vision(name: str, root: Path) -> DataSet:
     """Read the data set from ``root``; where it is missing, one process fetches it. Raises :class:`UserError`."""
     source = SOURCES[name]
     if root.is_file():
-        raise UserError(f"data.root: {root} is a file, but {name} needs a folder (--data.name npz reads .npz files)")
+        raise UserError(f"data.root: {root} is a file; name a folder for {name}, or read an .npz file with --data.name npz")
     try:
         train, test = _read(source, root, download=False)
     except Exception:  # not there, broken, or just being written by another process: look again under the lock
@@ -74,39 +82,71 @@ def open_vision(name: str, root: Path) -> DataSet:
 
 def _read_or_fetch(name: str, source: _Source, root: Path) -> tuple[Arrays, Arrays]:
     remedy = "put the files there, or set --data.root (or NOPROP_DATA) to a folder that has them"
+    missing = [path for path in (root, *root.parents) if not path.exists()]
     try:
         root.mkdir(parents=True, exist_ok=True)
-        with FileLock(root / ".noprop.lock"):
+        with FileLock(root / LOCK), _nothing_left_behind(source, root, missing):
             try:
                 return _read(source, root, download=False)
             except Exception as error:
                 if "not found" not in str(error):  # torchvision's words for "missing", the same for all its data sets
-                    raise UserError(
-                        f"{name}: damaged files under {root} ({_short(error)}); delete them to have them fetched again"
-                    ) from None
+                    place, why = _damaged(source, root), _short(error) if str(error) else "not in its format"
+                    raise UserError(f"{name}: damaged files, {place} ({why}); delete it to have it fetched again") from None
+            state = "damaged" if any((root / place).exists() for place in source.places) else "not"
             try:
                 return _read(source, root, download=True)
             except Exception as error:  # torchvision and urllib raise a dozen kinds
-                raise UserError(f"{name}: not in {root}, and not fetched either ({_short(error)}); {remedy}") from None
+                why = _short(error).replace("File not found or corrupted.", "the download has a wrong MD5 sum")
+                raise UserError(f"{name}: {state} in {root}, and not fetched either ({why}); {remedy}") from None
     except OSError as error:
         raise UserError(f"{name}: not in {root}, which cannot be written ({error.strerror}); {remedy}") from None
+
+
+@contextlib.contextmanager
+def _nothing_left_behind(source: _Source, root: Path, new: Sequence[Path]) -> Iterator[None]:
+    """Where what follows fails, take away what it has made: half a file, the lock, and the ``new`` folders."""
+
+    def contents() -> set[Path]:
+        places = [root / name for name in source.places]
+        return {path for place in places for path in (place, *place.rglob("*")) if path.exists()}
+
+    before = contents()
+    try:
+        yield
+    except BaseException:
+        for path in [*sorted(contents() - before, reverse=True), root / LOCK, *new]:
+            with contextlib.suppress(OSError):
+                path.rmdir() if path.is_dir() else path.unlink()
+        raise
+
+
+def _damaged(source: _Source, root: Path) -> Path:
+    """The file that cannot be read, where it is one of MNIST's; else the place of all of them."""
+    for path in sorted((root / source.kind / "raw").glob("*-ubyte")):
+        try:
+            read_sn3_pascalvincent_tensor(str(path))
+        except Exception:
+            return path
+    return root / source.places[0]
 
 
 def _read(source: _Source, root: Path, *, download: bool) -> tuple[Arrays, Arrays]:
     # torchvision unpickles CIFAR's files itself, but only after their MD5 was right.
     kind: Callable[..., Any] = getattr(datasets, source.kind)
     halves = ({"split": "train"}, {"split": "test"}) if source.kind == "SVHN" else ({"train": True}, {"train": False})
-    train, test = (_tensors(source, kind(root, download=download, **half)) for half in halves)
-    return train, test
+    train, test = (kind(root, download=download, **half) for half in halves)
+    return _tensors(source, "train", train), _tensors(source, "test", test)
 
 
-def _tensors(source: _Source, split: Any) -> Arrays:
+def _tensors(source: _Source, half: str, split: Any) -> Arrays:
     images = channels_first(split.data)
     labels = torch.as_tensor(split.labels if source.kind == "SVHN" else split.targets)
     if images.dtype != torch.uint8 or images.shape[1:] != source.shape or not len(images) == len(labels) > 0:
-        raise ValueError(f"{len(labels)} labels for {images.dtype} images of shape {tuple(images.shape)}")
+        raise ValueError(f"{half}: {len(labels)} labels for {images.dtype} images of shape {tuple(images.shape)}")
     if labels.min() < 0 or labels.max() >= len(source.classes):
-        raise ValueError(f"labels {labels.min()} to {labels.max()}")
+        raise ValueError(f"{half}: labels {labels.min()} to {labels.max()} for {len(source.classes)} classes")
+    if labels.min() == labels.max():
+        raise ValueError(f"{half}: only the label {labels.min()}")
     return images, labels.long()
 
 

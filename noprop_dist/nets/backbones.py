@@ -190,7 +190,8 @@ def _choose(name: str, shape: tuple[int, int, int]) -> tuple[str, Callable[..., 
     smallest = getattr(kind, "smallest", 1)
     if side < smallest:
         raise UserError(
-            f"model.backbone: {name} needs images of at least {smallest} pixels a side, these have {side}; use small-cnn"
+            f"model.backbone: {name} needs images of at least {smallest} pixels a side, these have {side};"
+            f" use {'small-cnn' if side >= SmallCNN.smallest else 'mlp'}"
         )
     return name, kind
 

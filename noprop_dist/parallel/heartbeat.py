@@ -6,6 +6,9 @@ The same beat brings a rank's wish to stop the run to the coordinator.
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
+from concurrent.futures import Future
+from typing import TypeVar
 
 from torch._C._distributed_c10d import Store  # what torch.distributed itself exports
 
@@ -13,6 +16,21 @@ from noprop_dist.interruption import Interruption
 from noprop_dist.parallel.placement import COORDINATOR, Placement
 
 BEAT = 1.0  # seconds
+T = TypeVar("T")
+
+
+def within(seconds: float, ask: Callable[[], T]) -> T:
+    """``ask()``, or TimeoutError: a store whose host is cut off keeps torch waiting, whatever timeout the store has."""
+    answer: Future[T] = Future()
+
+    def wait() -> None:
+        try:
+            answer.set_result(ask())
+        except BaseException as error:
+            answer.set_exception(error)
+
+    threading.Thread(target=wait, daemon=True).start()
+    return answer.result(seconds)
 
 
 class Heartbeat:

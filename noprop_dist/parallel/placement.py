@@ -37,7 +37,7 @@ def place(costs: Sequence[float], ranks: int) -> Placement:
     """
     blocks = len(costs)
     if ranks < 1:
-        raise UserError(f"{ranks} ranks: at least one is needed")
+        raise UserError(f"{ranks} ranks are none; give at least 1")
     if ranks > blocks:
         raise UserError(
             f"{ranks} ranks for {blocks} block{'s' * (blocks > 1)}: every rank owns at least one; "

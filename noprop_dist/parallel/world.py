@@ -18,12 +18,12 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch._C._distributed_c10d import HashStore, PrefixStore, Store  # what torch.distributed itself exports
+from torch._C._distributed_c10d import HashStore, PrefixStore, Store, TCPStore  # what torch.distributed itself exports
 from torch.distributed.rendezvous import rendezvous
 
 from noprop_dist.config import ParallelCard, UserError
 from noprop_dist.interruption import Interruption
-from noprop_dist.parallel.heartbeat import Heartbeat
+from noprop_dist.parallel.heartbeat import BEAT, Heartbeat, within
 from noprop_dist.parallel.placement import COORDINATOR, Placement
 from noprop_dist.parallel.traffic import CARRIED, PeerError, Traffic, Wire
 
@@ -55,7 +55,9 @@ class World:
     ) -> None:
         self._card, self._placement = card, placement
         self.rank, self.size = rank_and_size()
-        local_rank, local_size = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        local_rank, local_size = _launched("LOCAL_RANK", 0), _launched("LOCAL_WORLD_SIZE", 1)
+        if local_size == self.size > 1:
+            _keep_to_this_host()
         self.device, self.backend = choose_device(card, local_rank, local_size)
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
@@ -132,11 +134,25 @@ class World:
         if init_method != "env://":
             init_method += f"?rank={self.rank}&world_size={self.size}"
         try:
-            store = next(iter(rendezvous(init_method)))[0]
-        except (RuntimeError, ValueError) as error:
+            store = self._loopback_store(init_method) or next(iter(rendezvous(init_method)))[0]
+        except ValueError as error:  # MASTER_ADDR or MASTER_PORT is missing, or no such thing
+            raise UserError(
+                f"environment: {str(error).split(': ')[-1]}; start ranks with torchrun, or unset WORLD_SIZE"
+            ) from None
+        except (RuntimeError, OSError) as error:
             raise PeerError(f"rank {self.rank} found no other rank at {init_method}: {str(error).splitlines()[0]}") from error
         store.set_timeout(timedelta(seconds=self._card.timeout))
         return PrefixStore(f"noprop-{next(_runs)}", store)  # the store outlives a run, a process may train again
+
+    def _loopback_store(self, init_method: str) -> Store | None:
+        """The store, where this rank hosts it for ranks of this machine alone: torch's own would listen on every interface."""
+        host, port = (os.environ.get(name, "") for name in ("MASTER_ADDR", "MASTER_PORT"))
+        hosts_it = self.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != str(True)
+        local = int(os.environ.get("LOCAL_WORLD_SIZE", 1)) == self.size and host in ("127.0.0.1", "localhost")
+        if init_method != "env://" or not (hosts_it and local and port.isdecimal() and 0 < int(port) < 2**16):
+            return None
+        listener = socket.create_server((host, int(port))).detach()
+        return TCPStore(host, int(port), is_master=True, multi_tenant=True, master_listen_fd=listener)
 
     def _settle_backend(self) -> None:
         """nccl only where all ranks want it and no two share a GPU, on whatever hosts they are."""
@@ -160,8 +176,8 @@ class World:
     def _get(self, key: str, source: int, patient: bool = False) -> bytes:
         while True:
             try:
-                return bytes(self._store.get(key))
-            except RuntimeError as error:
+                return within(self._card.timeout + BEAT, lambda: bytes(self._store.get(key)))
+            except (RuntimeError, TimeoutError) as error:
                 if not patient or self._heart is None or source in self._heart.silent():
                     raise self._explain(f"its word on {key!r}", source) from error
 
@@ -169,16 +185,37 @@ class World:
         """The error that names whoever a wait failed for."""
         verdict = ""
         if self._heart:
-            with contextlib.suppress(RuntimeError):  # the store may be gone with its host
-                verdict = self._heart.verdict()
+            with contextlib.suppress(RuntimeError, TimeoutError):  # the store may be gone with its host
+                verdict = within(5 * BEAT, self._heart.verdict)
         if not verdict:
-            verdict = "lost " + (self._placement.name(peer) if peer is not None else "another rank")
+            verdict = "lost " + ("another rank" if peer in (None, self.rank) else self._placement.name(peer))
         return PeerError(f"{self._placement.name(self.rank)} at step {self.step} waited in vain for {what}: {verdict}")
 
 
 def rank_and_size() -> tuple[int, int]:
-    """This process's rank and the number of ranks, from torchrun's environment (0 of 1 without it)."""
-    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    """This process's rank and the number of ranks, from torchrun's environment (0 of 1 without it). Raises UserError for
+    nonsense there."""
+    rank, size = _launched("RANK", 0), _launched("WORLD_SIZE", 1)
+    if rank >= size:
+        raise UserError(f"environment: RANK {rank} is none of WORLD_SIZE {size}; start ranks with torchrun, or unset both")
+    return rank, size
+
+
+def _launched(name: str, default: int) -> int:
+    """A number in torchrun's environment: ranks from 0 on, sizes from 1 on."""
+    value = os.environ.get(name, str(default))
+    if not value.isdecimal() or int(value) < default:
+        raise UserError(
+            f"environment: {name} is {value!r}, no number from {default} on; start ranks with torchrun, or unset it"
+        )
+    return int(value)
+
+
+def _keep_to_this_host() -> None:
+    """The ports that gloo and NCCL open are for whoever reaches them: on the loopback, unless the user has named a network."""
+    for loopback in {name for _, name in socket.if_nameindex()} & {"lo", "lo0"}:
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", loopback)
+        os.environ.setdefault("NCCL_SOCKET_IFNAME", loopback)
 
 
 def choose_device(card: ParallelCard, local_rank: int, local_size: int) -> tuple[torch.device, str]:
@@ -197,7 +234,7 @@ def choose_device(card: ParallelCard, local_rank: int, local_size: int) -> tuple
 
 def set_threads(card: ParallelCard) -> int:
     """CPU threads of this rank: the card's, else $OMP_NUM_THREADS, else cores / local ranks. Returns the number."""
-    local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    local = _launched("LOCAL_WORLD_SIZE", 1)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     threads = card.threads or _omp_num_threads() or max(1, cores // local)
     torch.set_num_threads(threads)
@@ -211,4 +248,4 @@ def _omp_num_threads() -> int:
         with contextlib.suppress(OSError):
             given = Path(f"/proc/{os.getppid()}/environ").read_bytes().split(b"\0")
             value = next((item.partition(b"=")[2].decode() for item in given if item.startswith(b"OMP_NUM_THREADS=")), "")
-    return int(value) if value.isdecimal() else 0
+    return min(int(value), 1024) if value.isdecimal() else 0

@@ -1,4 +1,3 @@
-import os
 from itertools import count, islice
 
 import numpy as np
@@ -106,33 +105,3 @@ def test_unreadable_picture_is_named_in_one_line(root, workers, damage):
     assert message.startswith(f"{path}: not a readable picture")
     assert "Traceback" not in message
     assert "replace or remove" in message
-
-
-def test_unreadable_training_picture_is_found_when_opening(root):
-    (root / "train" / "cat" / "x0.png").write_bytes(b"")
-    assert str(root / "train" / "cat" / "x0.png") in one_line(lambda: open_data(card(root, workers=2)))
-
-
-def gone(path):
-    for inner in sorted(path.rglob("*"), reverse=True):
-        inner.rmdir() if inner.is_dir() else inner.unlink()
-    path.rmdir()
-
-
-MISTAKES = {
-    "no root": (lambda root: gone(root), ["data.root", "{root}"]),
-    "no train": (lambda root: os.rename(root / "train", root / "training"), ["{root}", "train", "test (or val)"]),
-    "no test": (lambda root: gone(root / "test"), ["{root}", "test or val"]),
-    "class only in train": (lambda root: gone(root / "test" / "dog"), ["dog only in {root}/train"]),
-    "class only in test": (lambda root: picture(root / "test" / "eel" / "0.png"), ["eel only in {root}/test"]),
-    "one class": (lambda root: [gone(root / half / "dog") for half in ("train", "test")], ["{root}/train", "cat"]),
-    "class without a picture": (lambda root: (root / "train" / "eel").mkdir(), ["{root}/train", "eel"]),
-    "no classes": (lambda root: [gone(root / "train" / name) for name in ("cat", "dog")], ["{root}/train", "class"]),
-}
-
-
-@pytest.mark.parametrize(("spoil", "words"), MISTAKES.values(), ids=MISTAKES.keys())
-def test_folder_mistake_is_one_line_with_its_place(root, spoil, words):
-    spoil(root)
-    message = one_line(lambda: open_data(card(root)))
-    assert all(word.format(root=root) in message for word in words), message

@@ -112,52 +112,9 @@ def test_files_that_another_process_fetched_meanwhile_are_not_fetched_again(tmp_
     assert len(open_data(DataCard(name="mnist", root=tmp_path)).train) == 20
 
 
-@pytest.mark.parametrize("name", ["mnist", "fashion-mnist", "kmnist", "cifar10", "cifar100", "svhn"])
-def test_missing_files_without_network_is_one_line_with_the_remedy(tmp_path, no_network, name):
-    message = one_line(DataCard(name=name, root=tmp_path / "data"))
-    assert message.startswith(f"{name}: not in {tmp_path / 'data'}, and not fetched")
-    assert all(word in message for word in ("no network", "put the files there", "--data.root", "NOPROP_DATA"))
-
-
 def test_root_defaults_to_the_environment(tmp_path, no_network, monkeypatch):
     monkeypatch.setenv("NOPROP_DATA", str(tmp_path))
     assert f"not in {tmp_path}," in one_line(DataCard(name="mnist"))
-
-
-def test_root_that_is_or_lies_in_a_file_is_named(tmp_path, no_network):
-    (tmp_path / "file").write_text("")
-    for root in (tmp_path / "file", tmp_path / "file" / "below"):
-        assert str(root) in one_line(DataCard(name="cifar10", root=root))
-
-
-def cut_images(raw):
-    path = raw / "train-images-idx3-ubyte"
-    path.write_bytes(path.read_bytes()[:-5])
-
-
-def cut_labels(raw):
-    path = raw / "t10k-labels-idx1-ubyte"
-    path.write_bytes(struct.pack(">2i", 2049, 9) + bytes(9))
-
-
-DAMAGES = {
-    "images cut short": cut_images,
-    "an empty file": lambda raw: (raw / "t10k-images-idx3-ubyte").write_bytes(b""),
-    "text": lambda raw: (raw / "train-labels-idx1-ubyte").write_text("hello"),
-    "fewer labels than images": cut_labels,
-    "labels beyond the classes": lambda raw: (raw / "train-labels-idx1-ubyte").write_bytes(
-        struct.pack(">2i", 2049, 20) + bytes([99] * 20)
-    ),
-}
-
-
-@pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES.keys())
-def test_damaged_files_are_one_line_with_their_place(tmp_path, no_network, damage):
-    write_idx(tmp_path / "MNIST" / "raw")
-    damage(tmp_path / "MNIST" / "raw")
-    message = one_line(DataCard(name="mnist", root=tmp_path))
-    assert message.startswith(f"mnist: damaged files under {tmp_path} (")
-    assert "delete them" in message
 
 
 def test_describe_reads_no_file_and_knows_what_the_files_say(tmp_path, no_network):

@@ -77,14 +77,15 @@ def test_blocks_trained_apart_in_any_order_end_in_the_bytes_of_one_run(extra, tm
 def cluster() -> Iterator[Any]:
     """A head, where the data are, that trains nothing, and two nodes with room for two workers each."""
     pytest.importorskip("ray", reason="ray is not installed; pip install 'noprop_dist[ray]'")
-    os.environ["RAY_AUTH_MODE"] = "disabled"  # before Ray is imported: a plain cluster, as ray start makes it
-    from ray.cluster_utils import Cluster
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_AUTH_MODE", "disabled")  # before Ray is imported: a plain cluster, as ray start makes it
+        from ray.cluster_utils import Cluster
 
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
-    for _ in range(2):
-        cluster.add_node(num_cpus=2)
-    yield cluster
-    cluster.shutdown()
+        cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
+        for _ in range(2):
+            cluster.add_node(num_cpus=2)
+        yield cluster
+        cluster.shutdown()
 
 
 def fleet(card: Card, *arguments: str, address: str, folder: Path) -> subprocess.Popen[str]:

@@ -75,7 +75,10 @@ def test_a_submitted_job_trains_the_same_bits_and_leaves_copies_in_rays_storage(
     command = [str(Path(sys.executable).parent / "ray"), "job", "submit", "--address", cluster.dashboard]
     command += ["--working-dir", str(HOUSE / "launch"), "--", sys.executable, "ray_train.py", "--workers", "2"]
     command += [*arguments(10), "--run.dir", str(tmp_path / "runs"), "--storage", str(tmp_path / "storage")]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=400)
+    for _ in range(10):
+        result = subprocess.run(command, capture_output=True, text=True, timeout=400)
+        if "No available agent" not in result.stderr:  # as long as the cluster is just coming up
+            break
     assert result.returncode == 0, result.stdout + result.stderr
     assert "2 blocks on 2 ranks (cpu, gloo, 1 thread)" in result.stdout and "◂ test_accuracy" in result.stdout
     expected = undisturbed(10)

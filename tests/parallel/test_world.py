@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import signal
+import socket
 import threading
 
 import pytest
@@ -47,6 +48,33 @@ def test_a_rank_that_stops_working_is_named_with_its_blocks_and_step(small_card,
     named = rf"{verdict} rank 2 \(block 2\), last heard of at step [0-3]; its own blocks are saved in \S+"
     for message in messages:
         assert re.fullmatch(rf"rank \d \(block \d\) at step \d waited in vain for \w+ of step \d: {named}", message), message
+
+
+def test_a_stalled_host_of_the_store_holds_nobody_up(on_ranks, tmp_path):
+    """Rank 0 hosts it, as under Slurm. Torch's own waits for such a store never end."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+
+    def work(rank: int, _: str) -> str:
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        world = World(ParallelCard(timeout=2), place([1.0] * 2, 2))
+        if rank == 0:
+            (tmp_path / "host").write_text(str(os.getpid()))
+            world.exchange("here", True)
+            os.kill(os.getpid(), signal.SIGSTOP)
+        try:
+            world.exchange("here", True)
+            world.publish("word", lambda: "never said")
+        except PeerError as error:
+            return str(error)
+        finally:
+            os.kill(int((tmp_path / "host").read_text()), signal.SIGKILL)
+        return "nothing noticed"
+
+    host, other = on_ranks(2, work, check=False)
+    assert isinstance(host, ChildProcessError)
+    lost = r"lost (rank 0 \(block 0\)|another rank)"
+    assert re.fullmatch(rf"rank 1 \(block 1\) at step 0 waited in vain for its word on '\S+': {lost}", other), other
 
 
 def test_the_others_wait_patiently_while_the_coordinator_prepares_the_data(on_ranks):

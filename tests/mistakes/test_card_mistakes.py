@@ -1,0 +1,157 @@
+"""Cards and the settings on a command line, as someone in a hurry writes them."""
+
+import pytest
+
+from noprop_dist.train import main
+
+MISTAKES = [
+    # yaml, command line, what the complaint names: one tuple of words a line
+    ("trian: {epochs: 3}", (), [("c.yaml", "trian", "did you mean train?")]),
+    ("train: {epohcs: 3}", (), [("c.yaml", "train.epohcs", "did you mean train.epochs?")]),
+    ("optim: {learning_rate: 1}", (), [("c.yaml", "unknown setting optim.learning_rate")]),
+    ("qqqqqq: 1", (), [("c.yaml", "qqqqqq", "--help")]),
+    ("train: {epochs: three}", (), [("c.yaml", "train.epochs", "integer", "'three'")]),
+    ("train: {epochs: 2.5}", (), [("c.yaml", "train.epochs", "2.5")]),
+    ("train: 3", (), [("c.yaml", "train:", "not 3")]),
+    ("optim: {lr: fast}", (), [("c.yaml", "optim.lr", "number", "'fast'")]),
+    ("optim: {lr: -1e-3}", (), [("c.yaml", "optim.lr", "greater than 0")]),
+    ("optim: {lr: .nan}", (), [("c.yaml", "optim.lr", "nan")]),
+    ("optim: {name: lion}", (), [("c.yaml", "optim.name", "'adamw'", "'lion'")]),
+    ("data: {batch_size: 1}", (), [("c.yaml", "data.batch_size", "greater than 1")]),
+    ("model: {blocks: 0}", (), [("c.yaml", "model.blocks", "not 0")]),
+    ("model: {dropout: 1}", (), [("c.yaml", "model.dropout", "less than or equal to 0.99")]),
+    ("run: {name: ../x}", (), [("c.yaml", "run.name", "'../x'")]),
+    ("run: {name: ..}", (), [("c.yaml", "run.name", "'..'")]),
+    ('run: {name: "a\\n"}', (), [("c.yaml", "run.name", r"'a\n'")]),
+    ("method: {alpha_min: 0.5}", (), [("c.yaml", "method.alpha_min", "flatten", "less than 0.024")]),
+    ("method: {alpha_max: 0.5}", (), [("c.yaml", "method.alpha_max", "flatten", "more than 0.97")]),
+    ("method: {alpha_min: 0.9, alpha_max: 0.2}", (), [("c.yaml", "method.alpha_min", "0.2")]),
+    ("model: {blocks: 4}", ("--inference.blocks", "5"), [("inference.blocks", "5", "model.blocks 4")]),
+    ("method: {name: cnn}", ("--inference.blocks", "1"), [("inference.blocks", "dt, ct, fm", "cnn")]),
+    ("method: {name: cnn}\nmodel: {blocks: 2}", (), [("c.yaml", "model.blocks", "cnn", "not 2 blocks")]),
+    ("method: {name: dt, schedule: learned}", (), [("c.yaml", "method.schedule", "--method.name ct")]),
+    ("method: {name: fm, schedule: sigmoid}", (), [("c.yaml", "method.schedule", "dt, ct", "not to fm")]),
+    ("method: {name: ct, alpha_min: 0}", (), [("c.yaml", "method.alpha_min", "finite")]),
+    ("method: {schedule: sigmoid, alpha_min: 0}", (), [("c.yaml", "method.alpha_min", "finite")]),
+    ("method: {schedule: linear, alpha_max: 0.9}", (), [("c.yaml", "method.alpha_max", "flatten", "more than 0.9")]),
+    ("method: {partition: equal-mass}", (), [("c.yaml", "method.partition", "ct, fm", "not to dt")]),
+    ("method: {name: ct, overlap: 0.1}", (), [("c.yaml", "method.overlap", "raise --model.blocks")]),
+    ("method: {name: ct, sigma: 0.1}", (), [("c.yaml", "method.sigma", "belongs to fm")]),
+    ("method: {name: backprop, label_noise: 0.2}", (), [("c.yaml", "method.label_noise", "backprop")]),
+    ("method: {name: fm}", ("--inference.solver", "sde"), [("inference.solver", "ODE")]),
+    ("method: {name: [ct]}", (), [("c.yaml", "method.name", "'ct'")]),
+    ("method: {name: ct, schedule: learned, loss_weight: uniform}", (), [("c.yaml", "method.loss_weight", "use snr")]),
+    ("method: {eta: 0.2, loss_weight: uniform}", (), [("c.yaml", "method.eta", "only with snr")]),
+    ("model: {embedding_dim: 5}", (), [("c.yaml", "model.embedding_dim", "model.embedding one-hot", "only with learned")]),
+    ("optim: {momentum: 0.5}", (), [("c.yaml", "optim.momentum", "adamw", "only with sgd")]),
+    ("inference: {solver: euler}", (), [("c.yaml", "inference.solver", "not to dt")]),
+    ("inference: {tolerance: 1e-9}", (), [("c.yaml", "inference.tolerance", "0.000001")]),
+    ("optim: {schedule: one-cycle, warmup_steps: 5}", (), [("c.yaml", "optim.warmup_steps", "only with constant, cosine")]),
+    ("data: {image_size: 32, workers: 4}", (), [("data.image_size", "only with imagefolder"), ("data.workers", "digits")]),
+    ("method: {name: fm, partition: equal-mass}", (), [("c.yaml", "method.partition", "raise --model.blocks")]),
+    ("model: {embedding_lag: 5}", (), [("c.yaml", "model.embedding_lag", "nothing is sent")]),
+    ("method: {name: fm}\nmodel: {head: mlp}", (), [("c.yaml", "model.head", "mlp", "--inference.readout head")]),
+    ("- train\n- data", (), [("c.yaml", "mapping")]),
+    ("just text", (), [("c.yaml", "mapping")]),
+    ("train:\n  epochs: 3\n bad: [1\n", (), [("c.yaml:3", "not YAML")]),
+    ("train: {epochs: 3}\nrun: {name: [}\n", (), [("c.yaml:2", "not YAML")]),
+    ("x: !!python/object/apply:os.getcwd []", (), [("c.yaml:1", "not YAML")]),
+    (None, ("missing.yaml",), [("missing.yaml", "No such file")]),
+    (None, (".",), [(".:", "directory")]),
+    (None, ("--train.epohcs", "3"), [("command line", "train.epohcs", "did you mean train.epochs?")]),
+    (None, ("--trian.epochs=3",), [("command line", "trian.epochs", "did you mean train.epochs?")]),
+    (None, ("--frobnicate",), [("command line", "frobnicate")]),
+    (None, ("--train.epochs", "0"), [("train.epochs", "'0'")]),
+    (None, ("--run.name", "../x"), [("run.name", "'../x'")]),
+    ("", ("other.yaml",), [("command line", "'other.yaml'", "no setting")]),
+    ("", ("--train.epochs", "many"), [("command line", "train.epochs", "'many'")]),
+    ("base: missing.yaml", (), [("c.yaml", "base", "no card missing.yaml")]),
+    ("base: 3", (), [("c.yaml", "base", "3")]),
+    ("base: [a.yaml, 3]", (), [("c.yaml", "base", "3")]),
+    ("base: {a: b}", (), [("c.yaml", "base", "{'a': 'b'}")]),
+    ("base: c.yaml", (), [("c.yaml", "base", "c.yaml -> c.yaml", "circle")]),
+    ("bsae: c.yaml", (), [("c.yaml", "unknown setting bsae")]),
+    (None, ("--base", "c.yaml"), [("command line", "base")]),
+    # several at once
+    (
+        "data: {batch_size: 1}\nmodel: {backbone: resnet}\nfoo: 3",
+        ("--optim.lr", "x"),
+        [
+            ("c.yaml", "data.batch_size"),
+            ("c.yaml", "model.backbone", "'resnet'"),
+            ("command line", "optim.lr", "'x'"),
+            ("c.yaml", "unknown setting foo"),
+        ],
+    ),
+    (None, ("--a.b", "1", "--train.epohcs=2"), [("command line", "a.b"), ("command line", "train.epohcs")]),
+    # the place is where the bad value stands, also when the other place names the same setting
+    ("train: {epochs: 3}", ("--train.epochs", "y"), [("command line", "train.epochs", "'y'")]),
+    (None, ("--train.epochs", "three"), [("command line", "train.epochs", "'three'")]),
+    ("train:", ("--run.name", "a/b"), [("command line", "run.name")]),
+    ("train: {epohcs: 3}", ("--optim.lrr", "3"), [("c.yaml", "train.epohcs"), ("command line", "optim.lrr")]),
+    # still one line each
+    ("a: \0b", (), [("c.yaml", "not YAML")]),
+    ('"a\\nb": 3', (), [("c.yaml", "unknown setting")]),
+    # what argparse and pydantic-settings would say in their own way
+    (None, ("--train.epochs",), [("command line", "train.epochs")]),
+    (None, ("--optim.lr", "-1e-3"), [("command line", "optim.lr")]),
+    (None, ("--train", "{epochs: 3}"), [("command line", "train")]),
+    (None, ("-optim.lr=3",), [("command line", "optim.lr")]),
+    ("_cli_settings_source: 3", (), [("c.yaml", "unknown setting _cli_settings_source")]),
+    ("_env_file: x", (), [("c.yaml", "unknown setting _env_file")]),
+    ("optim: {lr: .inf}", (), [("c.yaml", "optim.lr", "inf")]),
+    # what YAML makes of a slip
+    ("train: {epochs: 3}\noptim: {lr: 1}\ntrain: {steps: 1}", (), [("c.yaml:3", "train stands twice")]),
+    ("train: {epochs: 3,\n  epochs: 4}", (), [("c.yaml:2", "epochs stands twice")]),
+    ("train: {epochs: yes}", (), [("c.yaml", "train.epochs", "a number", "True")]),
+    ("run: {seed: no}", (), [("c.yaml", "run.seed", "a number", "False")]),
+    ("train: {steps: on}", (), [("c.yaml", "train.steps", "a number")]),
+    ("run: {name: no}", (), [("c.yaml", "run.name", "False", "put it in quotes")]),
+    ("run: {name: 007}", (), [("c.yaml", "run.name", "not 7", "put it in quotes")]),
+    ("run: {name: 2024-01-01}", (), [("c.yaml", "run.name", "put it in quotes")]),
+    ("run: {name: 2024-02-30}", (), [("c.yaml:1", "day is out of range", "mend that line")]),
+    ("train: {3: x}", (), [("c.yaml", "train.3", "strings")]),
+    ("3: x", (), [("c.yaml", "mapping")]),
+    ("train: {? [a] : b}", (), [("c.yaml:1", "unhashable key")]),
+    ("train: &a {epochs: *a}", (), [("c.yaml", "train.epochs", "integer", "...")]),
+    ("train: &a {epochs: x}\noptim: {<<: *a}", (), [("c.yaml", "train.epochs", "'x'"), ("c.yaml", "optim.epochs")]),
+    ("".join(f"a{n}: &a{n} [{f'*a{n - 1}, ' * 9}]\n" for n in range(9)).replace("*a-1", "x"), (), [("c.yaml", "a")] * 9),
+    ("train: {epochs: 1}\n---\ntrain: {epochs: 2}", (), [("c.yaml:2", "another document")]),
+    ("train:\n\tepochs: 3\n", (), [("c.yaml:2", "cannot start any token")]),
+    ("a: " + "[" * 2000, (), [("c.yaml", "brackets within brackets")]),
+    ("train: {epochs: " + "9" * 5000 + "}", (), [("c.yaml:1", "digits")]),
+    # what editors make of a file
+    ("\ufefftrain: {epochs: x}", (), [("c.yaml", "train.epochs", "'x'")]),
+    ("train:\r\n  epochs: x\r\n", (), [("c.yaml", "train.epochs", "'x'")]),
+    ("train: {epochs: 1}".encode("utf-16"), (), [("c.yaml", "not UTF-8", "save it as UTF-8")]),
+    ("run: {name: \u00e9}".encode("latin-1"), (), [("c.yaml", "not UTF-8")]),
+    # values nearly right, and far too large
+    (None, ("--optim.name", "AdamW "), [("command line", "optim.name", "did you mean adamw?")]),
+    ("data: {name: mnits}", (), [("c.yaml", "data.name", "'mnits'", "did you mean mnist?")]),
+    (None, ("--model.blocks", "1000000000"), [("model.blocks", "less than or equal to 1000")]),
+    (None, ("--data.batch_size", str(10**12)), [("data.batch_size", "less than")]),
+    (None, ("--parallel.threads", str(10**20)), [("parallel.threads", "less than")]),
+    (None, ("--parallel.timeout", "1e300"), [("parallel.timeout", "less than")]),
+    (None, ("--model.embedding=learned", f"--model.embedding_dim={10**9}"), [("model.embedding_dim", "less than")]),
+    (None, ("--run.seed", "-1"), [("run.seed", "greater than or equal to 0", "'-1'")]),
+    (None, ("--run.name", "x" * 300), [("run.name", "at most 250 characters")]),
+    (None, ("--run.name", ""), [("run.name", "pattern")]),
+    # paths that no file can have
+    ('run: {dir: "a\\0b"}', (), [("c.yaml", "run.dir", "a path")]),
+    ('data: {name: mnist, root: "a\\0b"}', (), [("c.yaml", "data.root", "a path")]),
+    (None, ("--run.dir", "a\udcff"), [("command line", "run.dir", "UTF-8")]),
+    (None, ("--data.name", "mnist", "--data.root", "~nobody-of-that-name/x"), [("data.root", "~", "home")]),
+    (None, ("--data.root", "mine.npz"), [("data.root", "mine.npz", "--data.name")]),
+    (None, ("--train.resume", "Auto"), [("train.resume", "Auto", "auto, never, or a checkpoint's folder")]),
+]
+
+
+@pytest.mark.parametrize(("yaml", "argv", "expected"), MISTAKES)
+def test_every_mistake_is_one_line_naming_its_place_and_setting(tell, tmp_path, yaml, argv, expected):
+    if yaml is not None:
+        (tmp_path / "c.yaml").write_bytes(yaml if isinstance(yaml, bytes) else yaml.encode())
+        argv = ("c.yaml", *argv)
+    lines = tell(main, *argv)
+    assert len(lines) == len(expected), lines
+    for words in expected:
+        assert any(all(word in line for word in words) for line in lines), (words, lines)

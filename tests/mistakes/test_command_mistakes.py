@@ -1,0 +1,143 @@
+"""Command lines and environments: the commands in this process, a few in real ones."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from noprop_dist import compare
+from noprop_dist.train import main as train
+
+PYTHON = [sys.executable, "-m"]
+TORCHRUN = [*PYTHON, "torch.distributed.run", "--nproc_per_node=2"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--dry-run", "--ranks", "0"], ("0 ranks are none; give at least 1",)),
+        (["--dry-run", "--ranks", "-3"], ("-3 ranks are none; give at least 1",)),
+        (["--dry-run", "--ranks", "11"], ("11 ranks for 10 blocks", "raise --model.blocks")),
+        (["--dry-run", "--ranks", "many"], ("--ranks", "'many'")),
+        (["--dry-run", "--ranks", "2", "--method.name", "cnn"], ("method.name: cnn", "on one rank")),
+        (["--ranks", "4"], ("--ranks goes with --dry-run", "torchrun")),
+        (["\u2013\u2013model.blocks", "3"], ("'3' belongs to no setting",)),
+        (["--model.blocks"], ("model.blocks", "expected one argument")),
+        (["--train", "{epochs: 3"], ("train",)),
+        (["--model.backbone", "paper-cnn"], ("paper-cnn needs images of at least 14 pixels", "use small-cnn")),
+        (["--model.backbone", "gone.from.here:Net"], ("model.backbone", "No module named 'gone'")),
+        (["--model.backbone", "..:Net"], ("model.backbone", "..:Net")),
+        (["--parallel.device", "cuda"], ("torch sees no GPU", "use cpu or auto")),
+        (["--parallel.backend", "nccl"], ("nccl needs a GPU", "use gloo or auto")),
+    ],
+)
+def test_command_lines(told, arguments, words):
+    if {"cuda", "nccl"} & set(arguments) and torch.cuda.is_available():
+        pytest.skip("there is a GPU here")
+    told(words, train, *arguments)
+
+
+@pytest.mark.parametrize(
+    ("environment", "words"),
+    [
+        ({"WORLD_SIZE": "two"}, ("WORLD_SIZE is 'two'", "start ranks with torchrun")),
+        ({"WORLD_SIZE": "0"}, ("WORLD_SIZE is '0'",)),
+        ({"WORLD_SIZE": "2", "RANK": "5"}, ("RANK 5 is none of WORLD_SIZE 2", "start ranks with torchrun")),
+        ({"WORLD_SIZE": "2", "RANK": "-1"}, ("RANK is '-1'",)),
+        ({"WORLD_SIZE": "2", "RANK": "0"}, ("MASTER_ADDR", "start ranks with torchrun")),
+        ({"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "here", "MASTER_PORT": "http"}, ("http", "start ranks with torchrun")),
+        ({"LOCAL_WORLD_SIZE": ""}, ("LOCAL_WORLD_SIZE is ''",)),
+    ],
+)
+def test_environments_that_no_launcher_makes(told, monkeypatch, environment, words):
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    told(("environment: ", *words), train)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["a/x.yaml", "missing.yaml"], ("missing.yaml: cannot read this card",)),
+        (["a/x.yaml", "a"], ("a: cannot read this card",)),
+        (["a/x.yaml", "a/x.yaml"], ("a/x.yaml is given twice",)),
+        (["a/x.yaml", "b/a/x.yaml"], ("b/a/x.yaml: another card is called a/x too",)),
+        (["a/x.yaml", "a/large.yaml"], ("a/large.yaml: model.backbone: paper-cnn needs images",)),
+        (["a/x.yaml", "a/wrong.yaml"], ("a/wrong.yaml: train.epochs",)),
+        (["a/x.yaml", "--train.epohcs", "3"], ("unknown setting train.epohcs; did you mean train.epochs?",)),
+        (["a/x.yaml", "--optim.lr", "fast"], ("command line: optim.lr",)),
+        (["a/x.yaml", "--seeds", "0", "0"], ("--seeds: 0 0 are not different numbers",)),
+        (["a/x.yaml", "--seeds", "-1"], ("--seeds",)),
+        (["a/x.yaml", "--seeds", "one"], ("--seeds: invalid int value: 'one'",)),
+        (["a/x.yaml", "--ranks", "0"], ("a/x.yaml: 0 ranks are none; give at least 1",)),
+        (["a/x.yaml", "--run.seed", "3"], ("use --out DIR and --seeds",)),
+        (["a/x.yaml", "--data.name", "npz"], ("a/x.yaml: data.root",)),
+        ([], ("required: cards",)),
+    ],
+)
+def test_comparisons(told, tmp_path, monkeypatch, arguments, words):
+    for name, card in {
+        "a/x": {},
+        "a/large": {"model": {"backbone": "paper-cnn"}},
+        "a/wrong": {"train": {"epochs": "many"}},
+    }.items():
+        for folder in (tmp_path, tmp_path / "b"):
+            path = folder / f"{name}.yaml"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(yaml.safe_dump(card))
+    monkeypatch.delenv("NOPROP_DATA", raising=False)
+    told(words, compare.main, *arguments)
+
+
+def test_a_comparison_started_under_torchrun(told, monkeypatch):
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    told(("compare: it starts ranks itself; start it plainly", "--ranks N"), compare.main, "x.yaml")
+
+
+def run(*command: str, cwd: Path, expect: int) -> str:
+    result = subprocess.run(command, cwd=cwd, env=os.environ, capture_output=True, text=True, timeout=240)
+    assert result.returncode == expect, f"exit {result.returncode}\n{result.stdout}\n{result.stderr}"
+    return result.stderr
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        ("train --modle.blocks 3", "command line: unknown setting modle.blocks; did you mean model.blocks?"),
+        ("evaluate nowhere", "nowhere: no such folder; name a run's folder or its model's"),
+        ("compare missing.yaml", "missing.yaml: cannot read this card (No such file or directory); name a YAML file"),
+    ],
+)
+def test_a_command_ends_with_one_line_and_exit_code_2(tmp_path, command, message):
+    module, *arguments = command.split()
+    assert run(*PYTHON, f"noprop_dist.{module}", *arguments, cwd=tmp_path, expect=2) == f"error: {message}\n"
+    assert not list(tmp_path.iterdir()), "something was half-written"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("--model.blocks 1", "2 ranks for 1 block: every rank owns at least one; start at most 1 rank"),
+        ("--data.name npz --data.root none.npz", "data.root: none.npz does not exist; name an .npz file with --data.root"),
+    ],
+    ids=["every rank sees it", "the coordinator sees it"],
+)
+def test_of_several_ranks_only_the_one_that_explains_speaks(tmp_path, arguments, message):
+    said = run(*TORCHRUN, "-m", "noprop_dist.train", *arguments.split(), cwd=tmp_path, expect=1)  # torchrun's own exit code
+    assert re.findall("^.*error: .*$", said, re.MULTILINE) == [next(line for line in said.splitlines() if message in line)]
+    assert f"error: {message}" in said and not re.search(r"File .*noprop_dist", said), "a traceback of ours"
+    assert not list(tmp_path.iterdir()), "something was half-written"
+
+
+def test_a_mistake_of_one_rank_alone_is_told_with_its_number(tmp_path):
+    script = tmp_path / "start.sh"
+    script.write_text(f'exec {sys.executable} -m noprop_dist.train $([ "$RANK" = 1 ] && echo --model.bloks 4)')
+    said = run(*TORCHRUN, "--no-python", "bash", str(script), cwd=tmp_path, expect=1)
+    assert "error: rank 1: command line: unknown setting model.bloks" in said
