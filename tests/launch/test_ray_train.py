@@ -117,7 +117,8 @@ def test_killed_workers_and_a_lost_disk_cost_nothing_but_time(cluster, tmp_path,
     said = log.read_text()
     assert len(re.findall(r"rank \d failed: ", said)) >= 2
     resumed = re.findall(r"resumes .*/step-(\d+)", said)
-    assert len(resumed) == 2 and 0 < int(resumed[0]) < int(resumed[1]) < steps
+    # once from its own folder; then from Ray's copy, if one was complete when the workers were killed, else from the start
+    assert 1 <= len(resumed) <= 2 and 0 < int(resumed[0]) < int(resumed[-1]) + (len(resumed) == 1) < steps
     assert block_files(run / f"checkpoints/step-{steps:08d}") == undisturbed(steps)
 
 
