@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import signal
@@ -19,6 +20,8 @@ from ray_train import main
 from noprop_dist import Card, UserError, train
 from noprop_dist.data import open_data
 from noprop_dist.evaluate import load
+
+pytestmark = pytest.mark.skipif("NOPROP_RAY" not in os.environ, reason="minutes on a real Ray cluster: set NOPROP_RAY=1")
 
 HOUSE = Path(__file__).parents[2]
 TRAIN = [sys.executable, str(HOUSE / "launch/ray_train.py")]
