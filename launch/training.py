@@ -110,8 +110,8 @@ def work(config: dict[str, Any]) -> dict[str, Any]:
         resume = ray.train.collective.broadcast_from_rank_zero(resume)
         card = card.model_copy(update={"train": card.train.model_copy(update={"resume": resume})})
         result = train(card, listener=report, interruption=interruption)
-    except (UserError, Stopped) as error:
-        logging.disable()  # else Ray logs a traceback; the driver tells it in a line
+    except (UserError, PeerError, Stopped) as error:
+        logging.disable()  # else Ray logs a traceback of what is told in a line
         if isinstance(error, Stopped):
             time.sleep(60)  # the coordinator's error is the one to tell
         raise

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import json
-import os
 import re
 import subprocess
 import sys
@@ -16,8 +15,6 @@ from ray_tune import main
 
 from noprop_dist import UserError, train
 from noprop_dist.cards import load_card
-
-pytestmark = pytest.mark.skipif("NOPROP_RAY" not in os.environ, reason="minutes on a real Ray cluster: set NOPROP_RAY=1")
 
 TUNE = [sys.executable, str(Path(__file__).parents[2] / "launch/ray_tune.py")]
 SMALL = ["--model.blocks", "1", "--data.batch_size", "200", "--train.epochs", "6", "--parallel.threads", "1"]
