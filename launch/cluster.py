@@ -183,18 +183,22 @@ def require(count: int, unit: str, each: Mapping[str, float], *, wait: bool) -> 
     ``wait``: say it, and let Ray wait.
     """
     import ray
+    from ray._private.state import available_resources_per_node  # ray.available_resources() does not tell the nodes apart
 
     deadline = time.monotonic() + FREED_WITHIN
     while True:
         nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-        free = ray.available_resources()
+        free = list(available_resources_per_node().values())
         room = sum(_fitting(node, each) for node in nodes)
-        if min(room, _fitting(free, each)) >= count:
+        if min(room, sum(_fitting(node, each) for node in free)) >= count:
             return
         if room < count or time.monotonic() > deadline:
             break
         time.sleep(0.5)
-    has = ", ".join(f"{sum(node.get(name, 0) for node in nodes):g} {name} ({free.get(name, 0):g} free)" for name in each)
+    has = ", ".join(
+        f"{sum(node.get(name, 0) for node in nodes):g} {name} ({sum(node.get(name, 0) for node in free):g} free)"
+        for name in each
+    )
     wanted = " and ".join(f"{amount:g} {name}" for name, amount in each.items())
     missing = (
         f"the cluster lacks room for {count} {unit}{'s' * (count > 1)} of {wanted} each: "

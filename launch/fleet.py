@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-import os
-import sys
+import math
 import time
-from collections import OrderedDict
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from itertools import pairwise
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any, cast
 
 import ray
-from ray import cloudpickle
+from fleet_workers import Batches, Work, Worker
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from noprop_dist import UserError, checkpoint
 from noprop_dist.config import Card
-from noprop_dist.data import DataInfo, DataSet, open_data
+from noprop_dist.data import DataSet
 from noprop_dist.files import read, unpack
 from noprop_dist.history import History
 from noprop_dist.interruption import Interruption
@@ -31,82 +29,7 @@ from noprop_dist.report.board import Board
 from noprop_dist.report.console import Bar, log
 from noprop_dist.runs import total_steps
 from noprop_dist.saving import keep_block, kept_block
-from noprop_dist.units import LabelSpaceAlone, Pair, Report, Workbench, training_batches
-
-cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers need not have this file
-
-CHUNK = 16  # batches a message
-CACHED = 32  # chunks: blocks that are not far from each other share what is read once
-
-
-@ray.remote(num_cpus=0)
-class Batches:
-    """The data, where the driver is; batches go out through Ray's object store."""
-
-    def __init__(self, card: dict[str, Any]) -> None:
-        self._card = Card.model_validate(card)
-        self._data = open_data(self._card.data)
-        self._cache: OrderedDict[range, Any] = OrderedDict()
-
-    def get(self, steps: range) -> list[Any]:
-        """The batches of those steps: a list of one reference, so that all who ask read the same object."""
-        if steps not in self._cache:
-            self._cache[steps] = ray.put(list(training_batches(self._card, self._data, steps)))
-            if len(self._cache) > CACHED:
-                self._cache.popitem(last=False)
-        self._cache.move_to_end(steps)
-        return [self._cache[steps]]
-
-
-@ray.remote(max_concurrency=2)  # to be stopped while it trains
-class Worker:
-    """Trains one block at a time."""
-
-    def __init__(self, card: dict[str, Any], info: dict[str, Any], batches: Any) -> None:
-        self._bench = Workbench(Card.model_validate(card), DataInfo.from_json(info))
-        self._batches, self._interruption = batches, Interruption()
-        self._waited, self._bytes = 0.0, 0
-
-    def hello(self) -> str:
-        """Who this is."""
-        return f"pid {os.getpid()} on {ray.util.get_node_ip_address()}"
-
-    def train(self, index: int, state: bytes | None, steps: range, values: Mapping[int, Any]) -> tuple[Report, bytes, Work]:
-        """See :meth:`noprop_dist.units.Workbench.train`."""
-        begin, self._waited, self._bytes = time.perf_counter(), 0.0, 0
-        report = self._bench.train(index, state, steps, self._fetch(steps), values, self._interruption)
-        state = self._bench.state()
-        return report, state, Work(time.perf_counter() - begin, self._waited, self._bytes)
-
-    def stop(self) -> None:
-        """Finish the step under way, and no more."""
-        self._interruption.ask("the driver")
-
-    def _fetch(self, steps: range) -> Iterator[Pair]:
-        """One chunk ahead. Chunks are cut at the same steps for every block."""
-        edges = sorted({steps.start, steps.stop, *(step for step in steps if step % CHUNK == 0)})
-        chunks = [range(*pair) for pair in pairwise(edges)]
-        ahead = self._batches.get.remote(chunks[0]) if chunks else None
-        for number in range(len(chunks)):
-            begin = time.perf_counter()
-            pairs = ray.get(ray.get(ahead)[0])
-            self._waited += time.perf_counter() - begin
-            if number + 1 < len(chunks):
-                ahead = self._batches.get.remote(chunks[number + 1])
-            for images, labels in pairs:
-                self._bytes += images.nbytes + labels.nbytes
-                yield images, labels
-
-
-@dataclass
-class Work:
-    """What a stretch of work took."""
-
-    seconds: float
-    waited: float
-    """Seconds of these in which batches were not there yet."""
-    bytes: int
-    """Of batches."""
+from noprop_dist.units import LabelSpaceAlone, Report
 
 
 @dataclass
@@ -125,6 +48,11 @@ class Lease:
     member: Member
     index: int = -1
     start: int = 0
+    asked: Any = None
+    """How far it is: the question under way."""
+    progress: tuple[int, int] = (-1, 0)
+    moved: float = field(default_factory=time.monotonic)
+    """When it was last seen to get on."""
 
 
 class Fleet:
@@ -134,7 +62,8 @@ class Fleet:
     """
 
     def __init__(self, card: Card, workers: int, each: Mapping[str, float], max_failures: int) -> None:
-        self._world = World(card.parallel, place([1.0] * card.units, 1))
+        here = card.parallel.model_copy(update={"device": "cpu"})  # for the label space alone; the workers may have GPUs
+        self._world = World(here, place([1.0] * card.units, 1))
         plan = agree(card, set_threads(card.parallel), self._world)
         self._world.connect()
         self._card, self._info, self._folder = plan.card, plan.info, plan.folder
@@ -177,6 +106,7 @@ class Fleet:
                     self._hire(card)
                     self._hand_out(labels)
                 ready, _ = ray.wait(list(self._leases), timeout=1)
+                self._watch()
                 for reference in ready:
                     fed += self._take_back(reference, board)
                     bar.update(self._done, f"{self._done} of {self._total * len(self._steps)} steps of blocks")
@@ -238,16 +168,17 @@ class Fleet:
         lease = self._leases.pop(reference)
         try:
             answer = ray.get(reference)
-        except ray.exceptions.RayActorError as error:
-            self._lost(lease, error)
-            return 0
-        except ray.exceptions.RayTaskError as error:
+        except ray.exceptions.RayError as error:
             cause: Any = error
             while isinstance(cause, ray.exceptions.RayTaskError):  # a worker's, or that of the batches that it asked for
                 cause = cause.cause
             if isinstance(cause, UserError):
                 raise cause from None
-            raise PeerError(f"{lease.member.name} failed with block {lease.index}: {_last_line(error)}") from error
+            if not isinstance(cause, ray.exceptions.RayError):  # its own failure; else Ray lost it, or what it needs
+                raise PeerError(f"{lease.member.name} failed with block {lease.index}: {_last_line(error)}") from error
+            ray.kill(lease.member.actor)
+            self._lost(lease, error)
+            return 0
         self._idle.append(lease.member)
         if lease.index < 0:
             self._begin, self._failures[-1] = self._begin or time.perf_counter(), 0
@@ -260,16 +191,33 @@ class Fleet:
         self._note(lease, report, work, board)
         return int(work.bytes)
 
+    def _watch(self) -> None:
+        """Ask those at work how far they are. End those that have not got on for ``parallel.timeout``, being stopped, say."""
+        for lease in self._leases.values():
+            if lease.index < 0:
+                continue
+            lease.asked = lease.asked or lease.member.actor.progress.remote()
+            if ray.wait([lease.asked], timeout=0)[0]:
+                with contextlib.suppress(ray.exceptions.RayError):  # it is lost, as its work will tell
+                    if (progress := ray.get(lease.asked)) != lease.progress:
+                        lease.progress, lease.moved = progress, time.monotonic()
+                lease.asked = None
+            if (idle := time.monotonic() - lease.moved) > self._card.parallel.timeout:
+                log.warning("%s has not got on with block %d for %.0f s, since step %d: it is ended", lease.member.name,
+                            lease.index, idle, max(lease.start, lease.progress[1]))  # fmt: skip
+                lease.moved = math.inf
+                ray.kill(lease.member.actor)
+
     def _lost(self, lease: Lease, error: Exception) -> None:
         self._failures[lease.index] += 1
         failures = self._failures[lease.index]
         if lease.index < 0:
             log.warning("%s could not start: %s", lease.member.name, _last_line(error))
-            if failures > self._max_failures:
+            if 0 <= self._max_failures < failures:
                 raise PeerError(f"{failures} workers in a row could not start, the last one: {_last_line(error)}")
             return
         log.warning("%s is lost; block %d goes back to step %d", lease.member.name, lease.index, lease.start)
-        if failures > self._max_failures:
+        if 0 <= self._max_failures < failures:
             raise PeerError(
                 f"block {lease.index} lost {self._failures[lease.index]} workers in a row at steps from {lease.start} on"
             )

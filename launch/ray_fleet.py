@@ -41,7 +41,10 @@ def main(argv: list[str]) -> None:
     if not done:
         raise SystemExit(card.run.stop_exit_code)
     here = card.parallel.model_copy(update={"device": "auto"})
-    print_summary(train(card.model_copy(update={"parallel": here})).summary)
+    result = train(card.model_copy(update={"parallel": here}))
+    if result.stopped:
+        raise SystemExit(card.run.stop_exit_code)
+    print_summary(result.summary)
 
 
 def check(card: Card, arguments: argparse.Namespace) -> None:

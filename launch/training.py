@@ -38,6 +38,7 @@ from ray.train import (
 )
 from ray.train.backend import Backend
 from ray.train.torch import TorchConfig, TorchTrainer
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from noprop_dist import UserError, train
 from noprop_dist.checkpoint import newest_whole
@@ -65,7 +66,8 @@ def fit(card: Card, arguments: argparse.Namespace) -> Outcome:
     Raises UserError for a mistake that a worker found, PeerError when it failed too often.
     """
     fewest, most = arguments.workers
-    bell = ray.remote(num_cpus=0)(Bell).remote()
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)  # no worker's node that may go
+    bell = ray.remote(num_cpus=0, max_restarts=-1, scheduling_strategy=here)(Bell).remote()
     trainer = TorchTrainer(
         work,
         train_loop_config={"card": card.model_dump(mode="json"), "bell": bell},
@@ -105,7 +107,7 @@ def work(config: dict[str, Any]) -> dict[str, Any]:
             threading.Thread(target=hear, args=(config["bell"], interruption), daemon=True).start()
             find_storage()
             fetch(folder)
-            if folder.checkpoints.exists():  # started again after a failure, it must not branch off anew
+            if resume == "never" and newest_whole(folder.checkpoints)[0]:  # started again after a failure
                 resume = "auto"
         resume = ray.train.collective.broadcast_from_rank_zero(resume)
         card = card.model_copy(update={"train": card.train.model_copy(update={"resume": resume})})

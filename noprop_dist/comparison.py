@@ -8,6 +8,7 @@ import re
 import statistics
 import subprocess
 import sys
+import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -128,16 +129,13 @@ def _train(run: Run, out: Path, log: Path) -> str | None:
     """Train in processes of their own, so that memory and failures are apart. Returns the line that tells of a failure."""
     card = out / "cards" / f"{run.name}.yaml"
     write(card, dump_card(run.card).encode())
-    torchrun = [
-        "torch.distributed.run",
-        "--rdzv-backend=c10d",
-        "--rdzv-endpoint=localhost:0",
-        f"--nproc-per-node={run.ranks}",
-        "-m",
-    ]
-    command = [sys.executable, "-m", *(torchrun if run.ranks > 1 else []), "noprop_dist.train", str(card)]
     log.parent.mkdir(parents=True, exist_ok=True)
-    with open(log, "wb") as file:
+    with open(log, "wb") as file, tempfile.NamedTemporaryFile() as meeting:
+        torchrun = [  # that meets itself at a file and on the loopback: nothing listens beyond
+            "torch.distributed.run", "--rdzv-backend=c10d", "--rdzv-conf=store_type=file", f"--rdzv-endpoint={meeting.name}",
+            "--local-addr=127.0.0.1", f"--nproc-per-node={run.ranks}", "-m",
+        ]  # fmt: skip
+        command = [sys.executable, "-m", *(torchrun if run.ranks > 1 else []), "noprop_dist.train", str(card)]
         code = subprocess.run(
             command, stdout=file, stderr=subprocess.STDOUT, env=os.environ | {"PYTHONUNBUFFERED": "1"}
         ).returncode

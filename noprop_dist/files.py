@@ -46,6 +46,12 @@ def shapes(path: Path) -> dict[str, list[int]]:
         raise UserError(f"{path}: not a whole safetensors file ({what}); use another checkpoint") from None
 
 
+def entry(path: Path, name: str) -> Tensor:
+    """One tensor of a safetensors file that holds it, without reading it all."""
+    with safe_open(path, "pt") as file:
+        return file.get_tensor(name)  # type: ignore[no-any-return]
+
+
 def write(path: Path, blob: bytes) -> None:
     """Write a file so that it is there whole or not at all. Creates its folder. Raises UserError on a disk's refusal."""
     partial = path.with_name(f".{path.name}.partial")

@@ -139,9 +139,12 @@ def find_start(card: Card, info: DataInfo, checkpoints: Path | None) -> tuple[Pa
     ``checkpoints`` is the run's own folder of them, None for a new run. Raises UserError where ``train.resume`` cannot be done
     without loss.
     """
+    own = checkpoint.newest_whole(checkpoints)[0] if checkpoints else None
     if card.train.resume not in ("auto", "never"):
         found, notes = Path(card.train.resume), list[str]()
-        if not found.is_dir():
+        if own and checkpoint.read_manifest(own)["card"].get("train", {}).get("resume") == card.train.resume:
+            found = own  # the same command, started again
+        elif not found.is_dir():
             raise UserError(f"train.resume: no folder {found}; give auto, never, or a checkpoint's folder")
     elif checkpoints is None or not checkpoints.exists():
         return None, 0, []
@@ -161,7 +164,7 @@ def find_start(card: Card, info: DataInfo, checkpoints: Path | None) -> tuple[Pa
     then, data = trained_as(found, manifest)
     if data != info:
         raise UserError(f"{found}: was trained on other data than these; mend --data.root or give another --run.name")
-    if card.train.resume != "auto" and checkpoints and any(folder.name > found.name for folder in checkpoints.glob("step-*")):
+    if found != own and checkpoints and any(folder.name > found.name for folder in checkpoints.glob("step-*")):
         raise UserError(f"{checkpoints}: holds newer checkpoints than {found}; give another --run.name to branch off there")
     changed = differences(manifest["card"], card.model_dump(mode="json"))
     structural = [line for line in changed if line.startswith(("model.", "data.", "method.name", "optim.name"))]

@@ -13,8 +13,8 @@ from torch import Tensor
 from noprop_dist import checkpoint
 from noprop_dist.config import Card, UserError
 from noprop_dist.data import DataInfo
-from noprop_dist.files import pack, read, shapes, unpack, write
-from noprop_dist.learner import Learner
+from noprop_dist.files import entry, pack, read, shapes, unpack, write
+from noprop_dist.learner import STEPS, Learner
 from noprop_dist.model import NoPropModel, fresh_block, fresh_labels
 from noprop_dist.parallel.gather import collect, deliver
 from noprop_dist.parallel.placement import Placement
@@ -116,6 +116,7 @@ def commit_checkpoint(
     for name, blob in files.items():
         write(folder / name, blob)
     checkpoint.commit(folder, _facts(step, card, info), {name: checkpoint.digest(blob) for name, blob in files.items()})
+    checkpoint.read_manifest(folder)  # reads all of it again: nothing older goes before this one is known to be whole
     return folder
 
 
@@ -138,13 +139,14 @@ def kept_block(root: Path, card: Card, info: DataInfo, index: int) -> tuple[int,
     manifest, total = checkpoint.read_manifest(folder), total_steps(card, info.train_size)
     then, data = trained_as(folder, manifest)
     same = data == info and not differences(manifest["card"], card.model_dump(mode="json"))
+    same = same and then.train.resume == card.train.resume  # else it may have begun elsewhere
     if not same or total_steps(then, data.train_size) != total or manifest["step"] > total:
         return 0, None
     return manifest["step"], folder / checkpoint.block_file(index)
 
 
 def recall(root: Path, card: Card, info: DataInfo, blocks: Mapping[int, Learner]) -> list[int]:
-    """Take those of ``blocks`` that were saved alone, further on than they are. Returns their indices.
+    """Take those of ``blocks`` that this run saved alone, further on than they are. Returns their indices.
 
     Such a block waits until the run has reached its step.
     """
@@ -167,7 +169,7 @@ def _facts(step: int, card: Card, info: DataInfo) -> dict[str, Any]:
 
 def check_weights(folder: Path, card: Card, info: DataInfo) -> None:
     """Before anyone waits for anyone: raises UserError naming a file of a checkpoint whose weights are not this card's."""
-    cpu = torch.device("cpu")
+    cpu, total = torch.device("cpu"), total_steps(card, info.train_size)
     with torch.random.fork_rng([]):
         block, labels = fresh_block(card, info, 0, cpu), fresh_labels(card, info, cpu)
     for name, module in [*((checkpoint.block_file(index), block) for index in range(card.units)), (checkpoint.LABELS, labels)]:
@@ -176,6 +178,10 @@ def check_weights(folder: Path, card: Card, info: DataInfo) -> None:
         if odd := sorted(key for key in there.keys() | here.keys() if there.get(key) != here.get(key)):
             what = f"{odd[0]}: {there.get(odd[0], 'missing')} there, {here.get(odd[0], 'missing')} here"
             raise UserError(f"{folder / name}: weights of another model ({what}); use another checkpoint")
+        if (done := int(entry(folder / name, STEPS))) > total:  # it was ahead of the others, see recall
+            raise UserError(
+                f"{folder / name}: has done {done} steps, beyond this run's {total}; raise --train.epochs or --train.steps"
+            )
 
 
 def _load(learner: Learner | Publication, blob: bytes, path: Path) -> None:

@@ -76,7 +76,8 @@ class Trainer:
         with contextlib.closing(log):
             batches = self.feed.train(start, self.total)
             saved = start
-            scores = self._evaluate(log) if log.owes_evaluation() else None
+            owes = log.owes_evaluation() and start >= self._caught_up
+            scores = self._evaluate(log) if owes else None
             while world.step < self.total and not self.feed.stopped:
                 with log.training():
                     if (batch := next(batches, None)) is None:
@@ -84,7 +85,7 @@ class Trainer:
                     self._step(world.step, batch, log)
                 log.step(world.step, self.space.spread)
                 last = world.step == self.total
-                evaluate = last or evaluates(card, self.info.train_size, world.step)
+                evaluate = last or (evaluates(card, self.info.train_size, world.step) and world.step >= self._caught_up)
                 save = last or (card.train.checkpoint_every and world.step % card.train.checkpoint_every == 0)
                 if evaluate or save:
                     log.pause()
@@ -156,8 +157,10 @@ class Trainer:
         self.seen = Publication(world, self.space, travelling(card, self.space), card.model.embedding_lag)
         if checkpoint:
             self.saver.restore(checkpoint, self.blocks, self.labels, self.seen)
-        if card.train.resume == "auto" and (taken := recall(self.folder.alone, card, self.info, self.blocks)):
+        if card.train.resume != "never" and (taken := recall(self.folder.alone, card, self.info, self.blocks)):
             report.warning("blocks %s go on from where they were when another rank was lost", ", ".join(map(str, taken)))
+        steps = [learner.steps for learner in self.blocks.values()]
+        self._caught_up = max(world.exchange("steps", max(steps)))  # up to then the chain is no step's
         self.seen.begin()
         self.lesson = make_lesson(card, self.blocks, self.labels, self.seen.space, world.is_coordinator)
 

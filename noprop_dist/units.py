@@ -94,6 +94,11 @@ class Workbench:
         skipped, in_a_row = learner.skips.tolist()
         return Report(learner.steps, loss, accuracy, skipped, in_a_row)
 
+    @property
+    def progress(self) -> tuple[int, int]:
+        """The block in hand, -1 for none, and the steps that it has done."""
+        return self._index, self._learner.steps if self._learner else 0
+
     def state(self) -> bytes:
         """Of the block that was trained last."""
         assert self._learner is not None

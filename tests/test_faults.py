@@ -49,7 +49,7 @@ def fail_in_step(step: int, fault: signal.Signals) -> None:
 
 @pytest.mark.parametrize("fault", [signal.SIGSTOP, signal.SIGKILL])
 def test_a_stalled_or_killed_rank_is_named_and_the_others_blocks_are_saved_and_used(fault, small_card, on_ranks):
-    card = small_card(train={"steps": 9, "checkpoint_every": 4}, parallel={"timeout": 3})
+    card = small_card(train={"steps": 9, "checkpoint_every": 4, "eval_every": 1}, parallel={"timeout": 3})
     folder = RunFolder(card.run.dir / "run")
 
     def work(rank: int, init_method: str) -> str:
@@ -82,6 +82,8 @@ def test_a_stalled_or_killed_rank_is_named_and_the_others_blocks_are_saved_and_u
         train(card)
     assert learnt.count(4) == 2 + 1, "only the lost rank's blocks and the label space learn that step again"
     assert not folder.alone.exists()
+    evaluated = [point["step"] for point in json.loads(folder.summary.read_text())["curve"]]
+    assert evaluated == [1, 2, 3, 4, 7, 8, 9], "while some blocks wait for the others, the chain is no step's"
     other = named(card, "undisturbed")
     train(other)
     assert last_files(card) == last_files(other)

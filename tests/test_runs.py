@@ -10,9 +10,12 @@ import numpy as np
 import pytest
 
 from noprop_dist import UserError, train
+from noprop_dist.checkpoint import commit, digest
 from noprop_dist.data import open_data
 from noprop_dist.data.memory import MemorySplit
 from noprop_dist.evaluate import load
+from noprop_dist.files import pack, unpack
+from noprop_dist.learner import STEPS
 from noprop_dist.report.console import set_up_logging, size
 from noprop_dist.runs import claim_folder, evaluates, total_steps
 from noprop_dist.trainer import Trainer
@@ -87,6 +90,41 @@ def test_a_named_checkpoint_starts_another_run_even_with_other_settings_but_not_
     with pytest.raises(UserError, match=r"model\.blocks: 4 there, 3 here"):
         train(small_card(run={"name": "third"}, train={"resume": path}, model={"blocks": 3}))
     assert not (source.run.dir / "third").exists()
+
+
+def test_a_run_that_branched_off_and_was_cut_off_goes_on_where_it_was(small_card, capsys):
+    source = small_card()
+    train(source)
+    path = str(checkpoints(source)[0])
+
+    def fork(name, steps):
+        return small_card(run={"name": name}, train={"resume": path, "steps": steps}, optim={"lr": 0.1})
+
+    for steps in (7, 8):
+        train(fork("parts", steps))
+    assert f"resumes {checkpoints(fork('parts', 8))[-2]}" in capsys.readouterr().err
+    train(fork("whole", 8))
+    parts, whole = (
+        {file.name: file.read_bytes() for file in checkpoints(fork(name, 8))[-1].glob("*.safetensors")}
+        for name in ("parts", "whole")
+    )
+    assert parts == whole
+
+
+def test_a_block_beyond_the_end_is_refused(small_card):
+    card = small_card()
+    train(card)
+    last = checkpoints(card)[-1]
+    tensors = unpack((last / "block-02.safetensors").read_bytes())
+    blob = pack(tensors | {STEPS: tensors[STEPS] + 1})  # as of a run that was stopped while a block waited for the others
+    (last / "block-02.safetensors").write_bytes(blob)
+    manifest = json.loads((last / "manifest.json").read_text())
+    digests = {name: bytes.fromhex(value) for name, value in manifest.pop("sha256").items()} | {
+        "block-02.safetensors": digest(blob)
+    }
+    commit(last, {name: manifest[name] for name in ("step", "card", "data")}, digests)
+    with pytest.raises(UserError, match=r"block-02\.safetensors: has done \d+ steps, beyond this run's \d+; raise"):
+        train(card)
 
 
 def test_going_back_to_an_older_checkpoint_needs_a_new_name(small_card):

@@ -102,11 +102,12 @@ def _mistake(path: str) -> str | None:
     """What its header tells against a picture; one that is cut short is found when its turn comes."""
     try:
         with Image.open(path) as picture:
-            mode = picture.mode
+            mode, stored = picture.mode, str(picture.tile)  # Pillow opens 16-bit colours as RGB, and cuts them off
     except Exception as error:
         return _unreadable(path, error)
-    depth = "16 or 32 bits a pixel" if mode.startswith(("I", "F")) else f"colours in {mode}"
-    return None if mode in MODES else f"{path}: a picture of {depth}, not 8-bit grey or RGB; convert it"
+    deep = mode.startswith(("I", "F")) or ";16" in stored
+    depth = "more than 8 bits a channel" if deep else f"colours in {mode}"
+    return None if mode in MODES and not deep else f"{path}: a picture of {depth}, not 8-bit grey or RGB; convert it"
 
 
 def _unreadable(path: str, error: Exception) -> str:

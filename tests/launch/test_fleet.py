@@ -105,7 +105,7 @@ def until(true: Callable[[], Any], process: subprocess.Popen[str], log: Path) ->
 
 
 def test_workers_are_killed_and_join_late_and_the_end_is_that_of_one_rank(cluster, tmp_path):
-    card, log = small(tmp_path), tmp_path / "fleet.log"
+    card, log = small(tmp_path, parallel={"timeout": 10}), tmp_path / "fleet.log"
     alone = card.model_copy(update={"run": card.run.model_copy(update={"name": "alone"})})
     train(alone)
     process = fleet(card, "--workers", "5", address=cluster.address, folder=tmp_path)  # one more than there is room for
@@ -121,10 +121,11 @@ def test_workers_are_killed_and_join_late_and_the_end_is_that_of_one_rank(cluste
     os.kill(until(lambda: pid(1), process, log), signal.SIGKILL)
     until(lambda: finished() >= 3, process, log)
     os.kill(until(lambda: pid(3), process, log), signal.SIGKILL)
+    os.kill(until(lambda: pid(4), process, log), signal.SIGSTOP)
     cluster.add_node(num_cpus=1)
     assert process.wait(240) == 0, log.read_text()
     assert end_files(card) == end_files(alone)
-    assert "is lost; block" in log.read_text()
+    assert "is lost; block" in log.read_text() and "worker 4 has not got on with block" in log.read_text()
     assert not RunFolder(card.run.dir / "run").alone.exists(), "the run's own checkpoint has all of it"
     summary = json.loads((card.run.dir / "run/summary.json").read_text())
     assert summary["steps"] == STEPS and summary["seconds"] > 0 and summary["bytes_per_step"] > 0

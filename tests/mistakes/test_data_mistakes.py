@@ -2,6 +2,7 @@
 
 import struct
 import zipfile
+import zlib
 
 import numpy as np
 import pytest
@@ -206,6 +207,19 @@ def claim_ten_gigapixels(path):
     path.write_bytes(blob[:16] + struct.pack(">2I", 100_000, 100_000) + blob[24:])
 
 
+def deep_colours(path):
+    """A PNG with 16 bits a channel, which Pillow cannot write."""
+    chunks = {
+        b"IHDR": struct.pack(">2I5B", 9, 9, 16, 2, 0, 0, 0),
+        b"IDAT": zlib.compress(9 * (b"\0" + 27 * b"\x0f\xff")),
+        b"IEND": b"",
+    }
+    parts = [
+        struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data)) for name, data in chunks.items()
+    ]
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(parts))
+
+
 ONE = "test/dog/1.png"
 PICTURES = {
     "no root": (gone, ("data.root", "{root}")),
@@ -224,11 +238,12 @@ PICTURES = {
     "ten gigapixels": (lambda root: claim_ten_gigapixels(root / ONE), (f"{{root}}/{ONE}", "replace")),
     "16 bits": (
         lambda root: Image.fromarray(np.full((9, 9), 40_000, np.uint16)).save(root / ONE),
-        (f"{{root}}/{ONE}", "16 or 32 bits a pixel", "convert it"),
+        (f"{{root}}/{ONE}", "more than 8 bits a channel", "convert it"),
     ),
+    "16-bit colours": (lambda root: deep_colours(root / ONE), (f"{{root}}/{ONE}", "more than 8 bits a channel", "convert it")),
     "not a number": (
         lambda root: Image.fromarray(np.full((9, 9), np.nan, np.float32)).save(root / "train/cat/3.tiff"),
-        ("{root}/train/cat/3.tiff", "16 or 32 bits a pixel", "convert it"),
+        ("{root}/train/cat/3.tiff", "more than 8 bits a channel", "convert it"),
     ),
     "CMYK, three of them": (
         lambda root: [picture(root / f"train/cat/{number}.jpg", "CMYK") for number in range(3)],
