@@ -57,6 +57,8 @@ def check(card: Card, arguments: argparse.Namespace) -> None:
         )
     if card.parallel.feed != "stream":
         raise UserError("parallel.feed: a fleet fetches batches, resident would do nothing; leave it out")
+    if card.parallel.balance != "even":
+        raise UserError("parallel.balance: a fleet's fast workers take more blocks by themselves; leave it out")
     if card.debug.enabled:
         raise UserError("debug.enabled: a fleet's workers do not debug; use python -m noprop_dist.train --debug")
     if arguments.storage:

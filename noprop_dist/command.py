@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
 import os
+import re
 import sys
 import time
 from collections.abc import Callable
@@ -11,6 +13,8 @@ from typing import NoReturn
 from noprop_dist.config import UserError
 from noprop_dist.parallel.traffic import PeerError
 from noprop_dist.parallel.world import Stopped
+
+PREFIXES = {"": 1.0, "k": 1e3, "M": 1e6, "G": 1e9, "T": 1e12}
 
 
 def run(main: Callable[[list[str]], None]) -> NoReturn:
@@ -43,6 +47,13 @@ def answer(main: Callable[[list[str]], None], argv: list[str]) -> int:
         print(f"rank {rank}: interrupted; the newest checkpoint stands", file=sys.stderr)
         return 130
     return 0
+
+
+def bandwidth(text: str) -> float:
+    """Bytes a second of ``100Mbit``, ``1Gbit`` or ``2GB``, for argparse."""
+    if not (found := re.fullmatch(r"([0-9.]+) ?([kMGT]?)(bit|B)(/s|ps)?", text)) or not float(found[1]) > 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is no bandwidth such as 100Mbit, 1Gbit or 2GB")
+    return float(found[1]) * PREFIXES[found[2]] / (8 if found[3] == "bit" else 1)
 
 
 def _let_another_speak() -> None:

@@ -24,11 +24,12 @@ from noprop_dist.nets.baselines import liquid_layer
 from noprop_dist.nets.build import try_out
 from noprop_dist.nets.cost import block_cost
 from noprop_dist.parallel.feed import Feed, message_size
-from noprop_dist.parallel.placement import COORDINATOR, place
+from noprop_dist.parallel.placement import COORDINATOR, Placement, place
 from noprop_dist.parallel.world import World, rank_and_size, set_threads
 from noprop_dist.report.console import log, print_placement, set_up_logging, size
 from noprop_dist.runs import LOCAL, Listener, RunFolder, claim_folder, differences, find_start
 from noprop_dist.saving import check_weights
+from noprop_dist.timing import block_step, seconds
 from noprop_dist.trainer import Trainer
 
 
@@ -64,7 +65,16 @@ def train(
         UserError: for a mistake in card, data or files, before any process group is formed.
         PeerError: when another rank fails or stalls; the message names it.
     """
-    card = card or Card()
+    with opened(card or Card(), init_method, listener, interruption) as (trainer, plan):
+        summary, model = trainer.run(plan.start, plan.checkpoint)
+    return TrainResult(summary, model, trainer.feed.stopped)
+
+
+@contextlib.contextmanager
+def opened(
+    card: Card, init_method: str = "env://", listener: Listener | None = None, interruption: Interruption | None = None
+) -> Iterator[tuple[Trainer, Plan]]:
+    """A run, ready to train: its ranks have met, its data are there. Arguments and errors as for :func:`train`."""
     rank, ranks = rank_and_size()
     set_up_logging(rank)
     check_baseline(card, ranks)
@@ -72,8 +82,10 @@ def train(
     threads = set_threads(card.parallel)
     world = World(card.parallel, placement, init_method, interruption)
     plan = agree(card, threads, world)
-    world.connect()
     card, info = plan.card, plan.info
+    if card.parallel.balance == "measured":
+        world.placement = placement = _measured(card, info, world)
+    world.connect()
     log.info(
         "run %s: %d blocks on %d rank%s (%s, %s, %d thread%s), data %s %s, %d training and %d test images",
         plan.folder.path, card.units, ranks, "s" * (ranks > 1), world.device, world.backend, threads,
@@ -84,12 +96,22 @@ def train(
     with _global_state(card, world.device), world.interruption.listening():
         feed = Feed(card, info, world, plan.data)
         try:
-            trainer = Trainer(card, info, world, placement, feed, plan.folder, listener)
-            summary, model = trainer.run(plan.start, plan.checkpoint)
+            yield Trainer(card, info, world, placement, feed, plan.folder, listener), plan
         except UserError as error:
             raise UserError(f"rank {rank}: {error}") from None
     world.close()
-    return TrainResult(summary, model, feed.stopped)
+
+
+def _measured(card: Card, info: DataInfo, world: World) -> Placement:
+    """Blocks placed by the time of a step of one, on all ranks at once."""
+    with _global_state(card, world.device):
+        step = block_step(card, info, world.device)
+        world.exchange("ready to measure", True)
+        times = world.exchange("block step", seconds(step, world.device))
+    placement = place([1.0] * card.units, world.size, [1 / each for each in times])
+    shares = (f"{1000 * each:.1f} ms on {placement.name(rank)}" for rank, each in enumerate(times))
+    log.info("a block's step takes %s", ", ".join(shares))
+    return placement
 
 
 @dataclass(frozen=True)
@@ -159,7 +181,7 @@ def dry_run(card: Card, ranks: int) -> None:
             "rank": rank,
             "blocks": f"{owned[0]}-{owned[-1]}",
             "parameters": cost.parameters * len(owned),
-            "memory": cost.state * len(owned) + cost.activations,
+            "memory": cost.state * len(owned) + cost.gradients + cost.activations,
             "sent": message * (ranks - 1) if rank == COORDINATOR else 0,
             "received": 0 if rank == COORDINATOR else message,
         }
@@ -167,8 +189,8 @@ def dry_run(card: Card, ranks: int) -> None:
     ]
     notes = [
         f"{info.name} {info.shape}, {len(info.classes)} classes, {info.train_size} training and {info.test_size} test images",
-        f"a block: {cost.parameters:,} parameters, {cost.flops / 1e9:.2f} GFLOP a step, {size(cost.state)} weights, gradients "
-        f"and optimizer, {size(cost.activations)} activations (one block's at a time)",
+        f"a block: {cost.parameters:,} parameters, {cost.flops / 1e9:.2f} GFLOP a step, {size(cost.state)} weights and "
+        f"optimizer, {size(cost.gradients + cost.activations)} gradients and activations (one block's at a time)",
         "memory: tensors of training, without Python, torch and the data",
     ]
     if values:

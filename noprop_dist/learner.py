@@ -35,9 +35,7 @@ def _cosine(start: float, end: float, share: float) -> float:
 
 
 def update(loss: Tensor, step: int, *learners: Learner) -> None:
-    """One optimizer step of all that a scalar loss trains."""
-    for learner in learners:
-        learner.optimizer.zero_grad(set_to_none=True)
+    """One optimizer step of all that a scalar loss trains. Gradients live no longer than that."""
     loss.backward()  # type: ignore[no-untyped-call]
     for learner in learners:
         learner.apply(step, loss.detach())
@@ -51,19 +49,20 @@ class Learner:
     """
 
     def __init__(self, module: nn.Module, card: OptimCard, total_steps: int, max_bad_steps: int = 0) -> None:
-        self.module = module
+        self.module = module.train()
         self.steps = 0
         """Steps done, skipped ones included."""
         self._card, self._total, self._max_bad_steps = card, total_steps, max_bad_steps
         self._parameters = dict(module.named_parameters())
-        self.optimizer = _optimizer(card, module)
+        self.optimizer = make_optimizer(card, module)
         self.inference = copy.deepcopy(module).requires_grad_(False) if card.ema else module
         self.skips = torch.zeros(2, dtype=torch.int64, device=next(module.parameters()).device)
-        self._buffers = [buffer.clone() for buffer in module.buffers()]
+        self._norm = torch.zeros(())
+        self._before = [buffer.clone() for buffer in module.buffers()]
 
     def apply(self, step: int, loss: Tensor) -> None:
-        """One optimizer step along the gradients that are there; ``loss``: the scalar that they come from."""
-        norm = nn.utils.get_total_norm(self._gradients)
+        """One optimizer step along the gradients that are there, then without them; ``loss``: the scalar they come from."""
+        self._norm = norm = nn.utils.get_total_norm([p.grad for p in self._parameters.values() if p.grad is not None])
         if self._card.clip_norm:
             nn.utils.clip_grads_with_norm_(self._parameters.values(), self._card.clip_norm, norm)
         for group in self.optimizer.param_groups:
@@ -71,11 +70,20 @@ class Learner:
         skip = self._count(~(loss + norm).isfinite())
         self.optimizer.found_inf = skip.float()  # type: ignore[attr-defined]  # skips on the device: nobody waits to know
         self.optimizer.step()
-        for before, buffer in zip(self._buffers, self.module.buffers(), strict=True):
-            before.copy_(buffer.copy_(torch.where(skip, before, buffer)))
+        self.optimizer.zero_grad()
+        self._settle_buffers(skip)
         if self.inference is not self.module:
             self._average()
         self.steps = step + 1
+
+    def _settle_buffers(self, skip: Tensor) -> None:
+        """What batch norm has noted of a step that is skipped is forgotten."""
+        now: list[Tensor] = list(self.module.buffers())  # a user's own module may put others in their place
+        if skip.is_cuda:  # nobody waits to know
+            for before, buffer in zip(self._before, now, strict=True):
+                before.copy_(buffer.copy_(torch.where(skip, before, buffer)))
+        elif now:
+            torch._foreach_copy_(*((now, self._before) if skip else (self._before, now)))
 
     def _count(self, bad: Tensor) -> Tensor:
         """Note a step, ``bad`` (bool) or not; whether it is to be skipped."""
@@ -84,13 +92,10 @@ class Learner:
         self.skips.copy_(torch.stack([self.skips[0] + skip, (in_a_row + 1) * skip]))
         return skip
 
-    @property
-    def _gradients(self) -> list[Tensor]:
-        return [parameter.grad for parameter in self._parameters.values() if parameter.grad is not None]
-
     def gradient_norm(self) -> float:
         """Euclidean norm of the last gradient (after clipping)."""
-        return float(nn.utils.get_total_norm(self._gradients))
+        norm = float(self._norm)
+        return min(norm, self._card.clip_norm) if self._card.clip_norm and math.isfinite(norm) else norm
 
     @torch.no_grad()
     def _average(self) -> None:
@@ -117,7 +122,7 @@ class Learner:
         self.module.load_state_dict(_part(tensors, "model."))
         self.steps = int(tensors[STEPS])
         self.skips.copy_(tensors[SKIPS])
-        for before, buffer in zip(self._buffers, self.module.buffers(), strict=True):
+        for before, buffer in zip(self._before, self.module.buffers(), strict=True):
             before.copy_(buffer)
         if self.inference is not self.module:
             self.inference.load_state_dict(inference_state(tensors))
@@ -138,7 +143,7 @@ def _part(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
 
 
-def _optimizer(card: OptimCard, module: nn.Module) -> torch.optim.Optimizer:
+def make_optimizer(card: OptimCard, module: nn.Module) -> torch.optim.Optimizer:
     """Weight decay is for weights: γ's end points and positive weights have no reason to be small."""
     schedules = [part for part in module.modules() if isinstance(part, LearnedSchedule)]
     free = [parameter for schedule in schedules for parameter in schedule.parameters()]

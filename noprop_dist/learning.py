@@ -17,7 +17,7 @@ from noprop_dist.method.base import Gamma, squared_loss
 from noprop_dist.nets.block import Block
 from noprop_dist.nets.labels import LabelSpace, nearest
 from noprop_dist.nets.precision import autocast, lay_out
-from noprop_dist.seeding import derive
+from noprop_dist.seeding import reseed
 
 
 class Log(Protocol):
@@ -26,6 +26,24 @@ class Log(Protocol):
     def add(self, index: int, loss: Tensor, hits: Tensor) -> None: ...
 
     def debug(self, index: int, norm: float, tensors: Mapping[str, Tensor]) -> None: ...
+
+
+class Means:
+    """A :class:`Log` of one block: ``means`` of loss and of hits so far."""
+
+    def __init__(self) -> None:
+        self._sums, self._count = torch.zeros(2, dtype=torch.float64), 0
+
+    def add(self, index: int, loss: Tensor, hits: Tensor) -> None:
+        self._sums = self._sums.to(loss.device) + torch.stack([loss.double(), hits.double().mean()])
+        self._count += 1
+
+    def debug(self, index: int, norm: float, tensors: Mapping[str, Tensor]) -> None:
+        pass
+
+    @property
+    def means(self) -> list[float]:
+        return (self._sums / max(1, self._count)).tolist()
 
 
 class Lesson(Protocol):
@@ -38,7 +56,7 @@ class Lesson(Protocol):
 
 def prepare(card: Card, pixels: Pixels, step: int, images: Tensor) -> Tensor:
     """What networks see of uint8 images (B, C, H, W) in a training step: augmented, normalised, laid out."""
-    torch.manual_seed(derive(card.run.seed, "augment", step))
+    reseed(images.device, card.run.seed, "augment", step)
     return lay_out(card.train, pixels.normalise(pixels.augment(images)))
 
 
@@ -51,7 +69,7 @@ class LabelLesson:
 
     def teach(self, step: int, y: Tensor) -> None:
         """One optimizer step on labels y (B,)."""
-        torch.manual_seed(derive(self._card.run.seed, "labels", step))
+        reseed(y.device, self._card.run.seed, "labels", step)
         own = cast(LabelSpace, self._labels.module)
         u = own.embedding[y]
         loss = cross_entropy(own(self._method.final_latent(u, self._gamma)), y) + self._method.prior_loss(u, self._gamma)
@@ -79,8 +97,10 @@ class Local:
         for index, learner in self._blocks.items():
             if step < learner.steps:  # it was saved when another rank was lost, after the checkpoint
                 continue
-            torch.manual_seed(derive(card.run.seed, "block", index, step))
-            block = cast(Block, learner.module).train()
+            reseed(x.device, card.run.seed, "block", index, step)
+            block = cast(Block, learner.module)
+            if not block.training:  # an evaluation came between; asking costs less than telling all layers anew
+                block.train()
             draw = method.draw(index, u, seen.embedding[self._mislabel(y)], block.gamma)
             with autocast(card.train, x.device):
                 features = block.encode(x)
@@ -113,7 +133,7 @@ class EndToEnd:
     def teach(self, step: int, x: Tensor, y: Tensor, log: Log) -> None:
         """See :class:`Lesson`."""
         card = self._card
-        torch.manual_seed(derive(card.run.seed, "block", 0, step))
+        reseed(x.device, card.run.seed, "block", 0, step)
         network, labels = cast(Block, self._network.module).train(), cast(LabelSpace, self._labels.module)
         z = torch.randn(len(y), labels.embedding.shape[1], device=x.device)
         with autocast(card.train, x.device):

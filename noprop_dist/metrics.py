@@ -62,7 +62,7 @@ class RunLog:
         self._first = placement.ranges[world.rank].start
         owned = len(placement.ranges[world.rank])
         self._sums = torch.zeros(len(PARTS), owned, dtype=torch.float64, device=world.device)
-        self._added = torch.zeros(owned)  # steps that each block did
+        self._added = [0] * owned  # steps that each block did
         self._skips = skips
         self._counted = 0
         self._running = self._waiting = self._before = 0.0  # seconds of training, of waiting in them, and up to the last log
@@ -92,8 +92,8 @@ class RunLog:
 
     def add(self, index: int, loss: Tensor, hits: Tensor) -> None:
         """A block's loss (scalar) and the hits (B,) of its û on one batch. Does not synchronise with the device."""
-        self._sums[0, index - self._first] += loss
-        self._sums[1, index - self._first] += hits.double().mean()
+        self._sums[0, index - self._first].add_(loss)
+        self._sums[1, index - self._first].add_(hits.float().mean())
         self._added[index - self._first] += 1
 
     def debug(self, index: int, norm: float, tensors: Mapping[str, Tensor]) -> None:
@@ -135,7 +135,8 @@ class RunLog:
             now |= {f"bytes sent by rank 0/{kind}": count for kind, count in self._world.traffic.sent.items()}
             self._under_way = done, now, gather_rows(self._world, mine, lengths)
             self._before = self._running
-            self._sums.zero_(), self._added.zero_()
+            self._sums.zero_()
+            self._added = [0] * len(self._added)
             self._counted = 0
 
     def scores(self, scores: Scores) -> None:
@@ -262,7 +263,7 @@ class RunLog:
     def _rows(self) -> Tensor:
         """This rank's part of a log line: ROWS figures for each of its blocks."""
         skips = torch.stack(self._skips[:-1], dim=1).cpu()
-        return torch.cat([self._sums.cpu() / self._added, skips]).flatten()
+        return torch.cat([self._sums.cpu() / torch.tensor(self._added), skips]).flatten()
 
     def _tell_of_skips(self, done: int) -> None:
         names = {f"block {index}": figures for index, figures in enumerate(self._figures[len(PARTS) :].T.tolist())}

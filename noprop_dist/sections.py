@@ -171,6 +171,9 @@ class TrainCard(Section):
 class ParallelCard(Section):
     feed: Literal["stream", "resident"] = "stream"
     """stream: the coordinator broadcasts every batch; resident: it broadcasts the data set once and ranks pick batches."""
+    balance: Literal["even", "measured"] = "even"
+    """How many blocks a rank owns. measured: by the time that one block's step takes on it at the start, all ranks at once: for
+    GPUs of several kinds, or a machine that others use too. What is computed stays the same."""
     prefetch: int = Field(2, ge=0, le=1000)
     """stream: batches sent ahead of need."""
     backend: Literal["auto", "gloo", "nccl"] = "auto"

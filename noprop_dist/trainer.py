@@ -68,31 +68,39 @@ class Trainer:
         except PeerError as error:
             raise PeerError(f"{error}; {self._rescue(start)}") from error
 
-    def _run(self, start: int, checkpoint: Path | None) -> tuple[dict[str, Any], NoPropModel | None]:
-        card, world = self.card, self.world
+    def begin(self, checkpoint: Path | None) -> RunLog:
+        """Take ``checkpoint``, or a fresh start, as what :meth:`steps` goes on from. The caller closes the log."""
         self._prepare_labels(checkpoint)
         skips = [learner.skips for learner in (*self.blocks.values(), self.labels)]
-        log = RunLog(card, self.info, world, self.placement, self.folder, self.total, checkpoint, skips)
-        with contextlib.closing(log):
-            batches = self.feed.train(start, self.total)
+        return RunLog(self.card, self.info, self.world, self.placement, self.folder, self.total, checkpoint, skips)
+
+    def steps(self, log: RunLog) -> Iterator[int]:
+        """Train up to the end, or to where the run is asked to stop; yields the number of steps done after each."""
+        world, batches = self.world, self.feed.train(self.world.step, self.total)
+        while world.step < self.total and not self.feed.stopped:
+            with log.training():
+                if (batch := next(batches, None)) is None:
+                    return
+                self._step(world.step, batch, log)
+            log.step(world.step, self.space.spread)
+            yield world.step
+
+    def _run(self, start: int, checkpoint: Path | None) -> tuple[dict[str, Any], NoPropModel | None]:
+        card, world = self.card, self.world
+        with contextlib.closing(self.begin(checkpoint)) as log:
             saved = start
             owes = log.owes_evaluation() and start >= self._caught_up
-            scores = self._evaluate(log) if owes else None
-            while world.step < self.total and not self.feed.stopped:
-                with log.training():
-                    if (batch := next(batches, None)) is None:
-                        break
-                    self._step(world.step, batch, log)
-                log.step(world.step, self.space.spread)
-                last = world.step == self.total
-                evaluate = last or (evaluates(card, self.info.train_size, world.step) and world.step >= self._caught_up)
-                save = last or (card.train.checkpoint_every and world.step % card.train.checkpoint_every == 0)
+            scores = self.evaluate(log) if owes else None
+            for step in self.steps(log):
+                last = step == self.total
+                evaluate = last or (evaluates(card, self.info.train_size, step) and step >= self._caught_up)
+                save = last or (card.train.checkpoint_every and step % card.train.checkpoint_every == 0)
                 if evaluate or save:
                     log.pause()
                 if save:  # first: an evaluation that is cut off is made up for
-                    checkpoint, saved = self._save(), world.step
+                    checkpoint, saved = self._save(), step
                 if evaluate:
-                    scores = self._evaluate(log)
+                    scores = self.evaluate(log)
                 if (evaluate or save) and not last:
                     self._tell(log, checkpoint if save else None)
             training = None if self.feed.stopped else self._score(self.feed.sample())
@@ -182,14 +190,15 @@ class Trainer:
         self.lesson.teach(step, x, batch.labels, log)
         self.world.step = step + 1
 
-    def _evaluate(self, log: RunLog) -> Scores | None:
+    def evaluate(self, log: RunLog) -> Scores | None:
+        """The accuracies on the test set, on the coordinator; None where it was cut off. Every rank calls it."""
         scores = self._score(self.feed.test())
         if scores is not None:
             log.scores(scores)
         return scores
 
     def _score(self, batches: Iterator[Batch]) -> Scores | None:
-        """The accuracies of the chain as it is now, on the coordinator; None where it was cut off. Every rank calls it."""
+        """The accuracies of the chain as it is now, as :meth:`evaluate` gives them."""
         blocks = {index: cast(Block, learner.inference) for index, learner in self.blocks.items()}
         labels = cast(LabelSpace, self.labels.inference)
         segment = Segment(self.card, blocks, self.seen.newest(labels), self.pixels)

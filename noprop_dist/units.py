@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple, cast
 
-import torch
 from torch import Tensor
 
 from noprop_dist.config import Card
@@ -16,7 +15,7 @@ from noprop_dist.data import DataInfo, DataSet, Pixels, medoids, train_indices
 from noprop_dist.files import pack, unpack
 from noprop_dist.interruption import Interruption
 from noprop_dist.learner import Learner
-from noprop_dist.learning import LabelLesson, Local, prepare, travelling
+from noprop_dist.learning import LabelLesson, Local, Means, prepare, travelling
 from noprop_dist.model import fresh_block, fresh_labels
 from noprop_dist.parallel.publication import Publication, fill
 from noprop_dist.parallel.world import World, choose_device, set_threads
@@ -79,7 +78,7 @@ class Workbench:
             batches: one a step.
             values: of the label space, see :meth:`LabelSpaceAlone.values`.
         """
-        card, log = self._card, _Means()
+        card, log = self._card, Means()
         set_threads(card.parallel)
         learner = self._block(index, state, steps.start)
         lesson = Local(card, {index: learner}, None, self._seen)
@@ -115,24 +114,6 @@ class Workbench:
         assert learner.steps == step, f"block {index} is at step {learner.steps}, not {step}"
         self._index, self._learner = index, learner
         return learner
-
-
-class _Means:
-    """A :class:`~noprop_dist.learning.Log` of one block."""
-
-    def __init__(self) -> None:
-        self._sums, self._count = torch.zeros(2, dtype=torch.float64), 0
-
-    def add(self, index: int, loss: Tensor, hits: Tensor) -> None:
-        self._sums = self._sums.to(loss.device) + torch.stack([loss.double(), hits.double().mean()])
-        self._count += 1
-
-    def debug(self, index: int, norm: float, tensors: Mapping[str, Tensor]) -> None:
-        pass
-
-    @property
-    def means(self) -> list[float]:
-        return (self._sums / max(1, self._count)).tolist()
 
 
 @dataclass

@@ -113,7 +113,7 @@ def test_a_signal_before_the_first_step_leaves_nothing_half_done(small_card, mon
 
 def test_a_signal_in_the_last_evaluation_is_made_up_for(small_card, monkeypatch):
     card = small_card(train={"eval_every": 0})
-    usual = Trainer._evaluate
+    usual = Trainer.evaluate
 
     def evaluate(self: Trainer, log: Any) -> Any:
         os.kill(os.getpid(), signal.SIGTERM)
@@ -123,7 +123,7 @@ def test_a_signal_in_the_last_evaluation_is_made_up_for(small_card, monkeypatch)
     interrupted = threading.Event()
     asked = interruption.Interruption.ask
     monkeypatch.setattr(interruption.Interruption, "ask", lambda self, reason: (asked(self, reason), interrupted.set()))
-    monkeypatch.setattr(Trainer, "_evaluate", evaluate)
+    monkeypatch.setattr(Trainer, "evaluate", evaluate)
     assert train(card).stopped
     monkeypatch.undo()
     result = train(card)

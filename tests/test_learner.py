@@ -124,9 +124,17 @@ def test_a_state_of_other_shapes_is_refused():
 @pytest.mark.parametrize("clip", [0.5, 0.01])
 def test_clipping_bounds_the_gradient_norm(clip):
     free, clipped = Learner(make(), OptimCard(), 3), Learner(make(), OptimCard(clip_norm=clip), 3)
+    seen, step = [], clipped.optimizer.step
+
+    def watched():
+        seen.append(math.sqrt(sum(float(p.grad.double().square().sum()) for p in clipped.module.parameters())))
+        step()
+
+    clipped.optimizer.step = watched
     for learner in (free, clipped):
         train(learner, range(1), scale=100)
-    by_hand = math.sqrt(sum(float(p.grad.double().square().sum()) for p in clipped.module.parameters()))
+    (by_hand,) = seen
+    assert all(p.grad is None for p in clipped.module.parameters()), "it lives no longer than the step"
     assert by_hand == pytest.approx(clip, rel=1e-3)
     assert clipped.gradient_norm() == pytest.approx(by_hand, rel=1e-5)
     assert free.gradient_norm() > 10

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from noprop_dist import Card, NoPropModel, train
+from noprop_dist import Card, NoPropModel, launcher, train
 from noprop_dist.data import open_data
 from noprop_dist.files import pack
 from noprop_dist.launcher import resolve
@@ -130,6 +130,28 @@ def test_ten_ranks_with_a_block_each(small_card, on_ranks):
     assert last_files(card) == last_files(other)
 
 
+def test_blocks_placed_by_the_measured_speed_of_ranks_end_in_the_same_bytes(small_card, on_ranks):
+    """The last rank takes three times as long for a step of the same block."""
+    card = small_card(model={"blocks": 8}, parallel={"balance": "measured"})
+
+    def work(rank: int, init_method: str) -> Any:
+        measure = launcher.seconds
+
+        def slowed(step: Callable[[], None], device: torch.device) -> float:
+            assert measure(step, device, within=0.01) > 0
+            return 0.03 if rank == 1 else 0.01
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(launcher, "seconds", slowed)
+            return train(card, init_method).summary
+
+    summary = run(on_ranks, card, 2, work)
+    assert [block["rank"] for block in summary["blocks"]] == [0] * 6 + [1] * 2
+    other = named(card, "alone")
+    train(other)
+    assert last_files(card) == last_files(other)
+
+
 def test_bf16_too_is_the_same_on_any_number_of_ranks(small_card, on_ranks):
     card = small_card(train={"precision": "bf16"})
     run(on_ranks, card, 2)
@@ -193,7 +215,7 @@ def test_what_is_broadcast_is_pixels_and_values_of_the_label_space_never_a_gradi
         from noprop_dist.trainer import Trainer
 
         values: list[np.ndarray] = []
-        step, evaluate = Trainer._step, Trainer._evaluate
+        step, evaluate = Trainer._step, Trainer.evaluate
 
         def remember(*spaces: nn.Module) -> None:
             values.extend(np.concatenate([p.detach().numpy().flatten() for p in space.parameters()]) for space in spaces)
@@ -206,7 +228,7 @@ def test_what_is_broadcast_is_pixels_and_values_of_the_label_space_never_a_gradi
             remember(self.space, self.labels.inference)
             return evaluate(self, *args)
 
-        Trainer._step, Trainer._evaluate = before, at  # type: ignore[method-assign]
+        Trainer._step, Trainer.evaluate = before, at  # type: ignore[method-assign]
         summary, calls, _ = watch(card, init_method)
         return summary, calls, values
 

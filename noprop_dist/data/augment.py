@@ -43,7 +43,7 @@ class Pixels:
     def augment(self, images: Tensor) -> Tensor:
         """Randomly moved and mirrored images, uint8 (B, C, H, W) as given; each image has its own draw.
 
-        Draws from torch's global generator of the images' device. Seed that before (torch.manual_seed): then the result
+        Draws from torch's global generator of the images' device. Seed that before: then the result
         is a pure function of the seed.
         """
         result: Tensor = self._augment(images)

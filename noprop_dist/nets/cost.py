@@ -20,11 +20,12 @@ from noprop_dist.nets.precision import autocast
 @dataclass(frozen=True)
 class BlockCost:
     """parameters: count. flops: multiply-adds ×2 of one training step. state: bytes that a block always holds (weights,
-    gradients, optimizer, moving average). activations: bytes kept for its backward pass, which one block at a time needs."""
+    optimizer, moving average). gradients, and activations (kept for the backward pass): bytes while it learns."""
 
     parameters: int
     flops: int
     state: int
+    gradients: int
     activations: int
 
 
@@ -57,6 +58,6 @@ def block_cost(card: Card, shape: tuple[int, int, int], classes: int) -> BlockCo
     if card.method.name == "adjoint":  # Heun, two calls a step: all forward, then again with their gradients, twice the work
         flops += (2 * card.method.ode_steps * 4 - 3) * denoising
     parameters = sum(parameter.numel() for parameter in block.parameters())
-    copies = 2 + {"adamw": 2, "adam": 2, "sgd": int(card.optim.momentum > 0)}[card.optim.name] + (card.optim.ema > 0)
+    copies = 1 + {"adamw": 2, "adam": 2, "sgd": int(card.optim.momentum > 0)}[card.optim.name] + (card.optim.ema > 0)
     activations = sum(size for storage, size in kept.items() if storage not in own)
-    return BlockCost(parameters, flops, 4 * copies * parameters, activations)
+    return BlockCost(parameters, flops, 4 * copies * parameters, 4 * parameters, activations)

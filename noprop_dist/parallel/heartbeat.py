@@ -39,7 +39,7 @@ class Heartbeat:
     def __init__(self, store: Store, placement: Placement, rank: int, interruption: Interruption) -> None:
         self.step = 0
         self._interruption = interruption
-        self._store, self._placement, self._rank = store.clone(), placement, rank  # type: ignore[attr-defined]
+        self._store, self.placement, self._rank = store.clone(), placement, rank  # type: ignore[attr-defined]
         self._stopping = threading.Event()
         self._beat(0)
         threading.Thread(target=self._keep_beating, daemon=True).start()
@@ -53,7 +53,7 @@ class Heartbeat:
         before = self._beats()
         threading.Event().wait(2.5 * BEAT)
         after = self._beats()
-        return {rank for rank in range(len(self._placement.ranges)) if before.get(rank) == after.get(rank)} - {self._rank}
+        return {rank for rank in range(len(self.placement.ranges)) if before.get(rank) == after.get(rank)} - {self._rank}
 
     def verdict(self) -> str:
         """Whose fault a failed wait is: whoever is silent, else whoever is furthest behind; empty where that is not clear.
@@ -74,13 +74,13 @@ class Heartbeat:
 
     def _names(self, ranks: set[int], steps: dict[int, int]) -> str:
         names = (
-            self._placement.name(rank) + (f", last heard of at step {steps[rank]}" if rank in steps else ", never heard of")
+            self.placement.name(rank) + (f", last heard of at step {steps[rank]}" if rank in steps else ", never heard of")
             for rank in sorted(ranks)
         )
         return "; ".join(names)
 
     def _beats(self) -> dict[int, str]:
-        keys = {rank: f"beat/{rank}" for rank in range(len(self._placement.ranges))}
+        keys = {rank: f"beat/{rank}" for rank in range(len(self.placement.ranges))}
         return {rank: bytes(self._store.get(key)).decode() for rank, key in keys.items() if self._store.check([key])}
 
     def _beat(self, number: int) -> None:

@@ -29,11 +29,11 @@ class Placement:
         return f"rank {rank} (block {first})" if first == last else f"rank {rank} (blocks {first}-{last})"
 
 
-def place(costs: Sequence[float], ranks: int) -> Placement:
-    """Cut blocks of the given costs (any unit) into ``ranks`` contiguous ranges.
+def place(costs: Sequence[float], ranks: int, speeds: Sequence[float] | None = None) -> Placement:
+    """Cut blocks of the given costs (any unit) into ``ranks`` contiguous ranges; ``speeds``: the ranks', in any unit.
 
-    Takes the cut with the least sum of the ranks' loads to the eighth power: in effect the smallest heaviest load and,
-    among equals, the most even one. Raises UserError with more ranks than blocks.
+    A rank's load is its blocks' cost over its speed. Takes the cut with the least sum of the loads to the eighth power: in
+    effect the smallest heaviest load and, among equals, the most even one. Raises UserError with more ranks than blocks.
     """
     blocks = len(costs)
     if ranks < 1:
@@ -44,10 +44,12 @@ def place(costs: Sequence[float], ranks: int) -> Placement:
             f"start at most {blocks} ranks (--nproc_per_node) or raise --model.blocks"
         )
     mean = sum(costs) / blocks
+    fastest = max(speeds or [1.0])
+    slowness = [fastest / speed for speed in speeds or [1.0] * ranks]
     sums = [0.0, *accumulate(cost / mean for cost in costs)]
 
     def price(rank: int, start: int, end: int) -> float:
-        return (sums[end] - sums[start] + COORDINATOR_COST * (rank == COORDINATOR)) ** 8
+        return ((sums[end] - sums[start] + COORDINATOR_COST * (rank == COORDINATOR)) * slowness[rank]) ** 8
 
     @cache
     def best(rank: int, start: int) -> tuple[float, tuple[int, ...]]:

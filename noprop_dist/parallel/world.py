@@ -7,10 +7,12 @@ facts there; ``connect`` then forms the process groups, one a kind of message. A
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import itertools
 import json
 import os
 import socket
+import sys
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
@@ -28,6 +30,7 @@ from noprop_dist.parallel.placement import COORDINATOR, Placement
 from noprop_dist.parallel.traffic import CARRIED, PeerError, Traffic, Wire
 
 _runs = itertools.count()
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 
 
 class Stopped(Exception):
@@ -39,7 +42,7 @@ class World:
 
     Args:
         card: device, backend, timeout.
-        placement: who owns what; one range a rank.
+        placement: who owns what, as far as is known; one range a rank.
         init_method: where ranks meet, as torch.distributed names it; ranks and their number come from torchrun's environment.
         interruption: asked from elsewhere to stop the run; default: this rank's own.
 
@@ -57,7 +60,7 @@ class World:
         self.rank, self.size = rank_and_size()
         local_rank, local_size = _launched("LOCAL_RANK", 0), _launched("LOCAL_WORLD_SIZE", 1)
         if local_size == self.size > 1:
-            _keep_to_this_host()
+            keep_to_this_host()
         self.device, self.backend = choose_device(card, local_rank, local_size)
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
@@ -84,6 +87,17 @@ class World:
         self._step = step
         if self._heart:
             self._heart.step = step
+
+    @property
+    def placement(self) -> Placement:
+        """Who owns what; may change until the ranks train."""
+        return self._placement
+
+    @placement.setter
+    def placement(self, placement: Placement) -> None:
+        self._placement = placement
+        if self._heart:
+            self._heart.placement = placement
 
     def publish(self, key: str, make: Callable[[], Any], *, patient: bool = False) -> Any:
         """The coordinator's ``make()`` (a JSON value), on every rank. A UserError there stops all ranks.
@@ -211,7 +225,7 @@ def _launched(name: str, default: int) -> int:
     return int(value)
 
 
-def _keep_to_this_host() -> None:
+def keep_to_this_host() -> None:
     """The ports that gloo and NCCL open are for whoever reaches them: on the loopback, unless the user has named a network."""
     for loopback in {name for _, name in socket.if_nameindex()} & {"lo", "lo0"}:
         os.environ.setdefault("GLOO_SOCKET_IFNAME", loopback)
@@ -233,12 +247,24 @@ def choose_device(card: ParallelCard, local_rank: int, local_size: int) -> tuple
 
 
 def set_threads(card: ParallelCard) -> int:
-    """CPU threads of this rank: the card's, else $OMP_NUM_THREADS, else cores / local ranks. Returns the number."""
+    """CPU threads of this rank: the card's, else $OMP_NUM_THREADS, else cores / local ranks. Returns the number.
+
+    And have malloc keep what is freed: see :func:`_keep_memory`.
+    """
     local = _launched("LOCAL_WORLD_SIZE", 1)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     threads = card.threads or _omp_num_threads() or max(1, cores // local)
     torch.set_num_threads(threads)
+    _keep_memory()
     return threads
+
+
+def _keep_memory() -> None:
+    """glibc gives large tensors back to the kernel, step by step, and gets them again page by zeroed page, which took up to a
+    seventh of a CPU's step. This process will need the same ones again."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt and (mallopt(M_MMAP_THRESHOLD, 1 << 30) or mallopt(M_MMAP_THRESHOLD, 1 << 25)):  # older ones take no more
+        mallopt(M_TRIM_THRESHOLD, 1 << 30)
 
 
 def _omp_num_threads() -> int:

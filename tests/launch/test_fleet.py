@@ -149,6 +149,7 @@ def test_a_signal_saves_every_block_and_one_rank_can_take_over(cluster, tmp_path
     [
         ({"method": {"name": "cnn"}, "model": {}}, [], "method.name: cnn has no blocks that learn alone"),
         ({"parallel": {"feed": "resident"}}, [], "parallel.feed: a fleet fetches batches"),
+        ({"parallel": {"balance": "measured"}}, [], "parallel.balance: a fleet's fast workers"),
         ({"debug": {"enabled": True}}, [], "debug.enabled"),
         ({"train": {"resume": "never"}}, [], "train.resume"),
         ({}, ["--workers", "0"], "--workers: 0 train nothing"),

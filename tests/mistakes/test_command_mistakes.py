@@ -13,6 +13,7 @@ import torch
 import yaml
 
 from noprop_dist import compare
+from noprop_dist.bench import main as bench
 from noprop_dist.train import main as train
 
 PYTHON = [sys.executable, "-m"]
@@ -141,3 +142,34 @@ def test_a_mistake_of_one_rank_alone_is_told_with_its_number(tmp_path):
     script.write_text(f'exec {sys.executable} -m noprop_dist.train $([ "$RANK" = 1 ] && echo --model.bloks 4)')
     said = run(*TORCHRUN, "--no-python", "bash", str(script), cwd=tmp_path, expect=1)
     assert "error: rank 1: command line: unknown setting model.bloks" in said
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--ranks", "0"], ("--ranks: 0", "give a positive number")),
+        (["--ranks", "9"], ("--ranks: 9 for 8 blocks", "raise --model.blocks")),
+        (["--rounds", "-1"], ("--rounds: -1", "give a positive number")),
+        (["--seconds", "0"], ("--seconds: 0", "give a positive number")),
+        (["--target", "95"], ("--target: 95", "below 1")),
+        (["--only", "NoProp; DDP backprop"], ("--only: no contender 'NoProp'", "there are: ", "DDP backprop")),
+        (["--link", "fast"], ("--link", "'fast' is no bandwidth such as 100Mbit")),
+        (["--sweep", "model.blocks"], ("--sweep", "is no NAME=V1,V2")),
+        (["--sweep", "model.blocks=4,none"], ("model.blocks", "integer")),
+        (["--sweep", "model.block=4"], ("unknown setting model.block; did you mean model.blocks?",)),
+        (["--sweep", "model.blocks=1"], ("--ranks: 2 for 1 blocks",)),
+        (["--method.name", "cnn", "--model.blocks", "1"], ("method.name: cnn", "give dt, ct or fm")),
+        (["--model.embedding", "learned"], ("model.embedding", "leave it out")),
+        (["--out", "file"], ("file", "choose another --out")),
+        (["--data.batch_size", "127"], ("--ranks: 2 cannot share 127 images", "a multiple of it")),
+        (["gone.yaml"], ("gone.yaml",)),
+    ],
+)
+def test_benchmarks(told, arguments, words):
+    if "file" in arguments:
+        Path("file").write_text("")
+    told(words, bench, *arguments)
+
+
+def test_blocks_are_not_balanced_where_there_are_none(told):
+    told(("parallel.balance", "not to cnn"), train, "--method.name", "cnn", "--parallel.balance", "measured")

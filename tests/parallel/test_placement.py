@@ -17,9 +17,12 @@ def cuts(blocks, ranks):
         yield [range(edges[rank], edges[rank + 1]) for rank in range(ranks)]
 
 
-def loads(ranges, costs):
-    mean = sum(costs) / len(costs)
-    return [sum(costs[i] for i in owned) / mean + COORDINATOR_COST * (r == COORDINATOR) for r, owned in enumerate(ranges)]
+def loads(ranges, costs, speeds):
+    mean, fastest = sum(costs) / len(costs), max(speeds)
+    return [
+        (sum(costs[i] for i in owned) / mean + COORDINATOR_COST * (r == COORDINATOR)) * fastest / speeds[r]
+        for r, owned in enumerate(ranges)
+    ]
 
 
 @pytest.mark.parametrize(("blocks", "ranks"), EQUAL)
@@ -39,15 +42,21 @@ def test_unequal_blocks_are_cut_as_well_as_any_cut_could(seed):
     blocks = chance.randint(2, 10)
     ranks = chance.randint(2, min(blocks, 5))
     costs = [chance.choice([1, 1, 2, 5, 20]) * chance.uniform(0.5, 1.5) for _ in range(blocks)]
-    ranges = place(costs, ranks).ranges
+    speeds = [chance.choice([1, 1, 2, 0.5]) for _ in range(ranks)] if seed % 2 else [1.0] * ranks
+    ranges = place(costs, ranks, speeds if seed % 2 else None).ranges
     assert [index for owned in ranges for index in owned] == list(range(blocks))
     assert min(map(len, ranges)) >= 1
 
-    everything = [loads(cut, costs) for cut in cuts(blocks, ranks)]
-    found = loads(ranges, costs)
+    everything = [loads(cut, costs, speeds) for cut in cuts(blocks, ranks)]
+    found = loads(ranges, costs, speeds)
     assert sum(load**8 for load in found) == pytest.approx(min(sum(load**8 for load in cut) for cut in everything))
     # which bounds the heaviest load: at most the eighth root of the number of ranks above the best
     assert max(found) <= min(map(max, everything)) * ranks**0.125 * (1 + 1e-9)
+
+
+def test_a_rank_of_half_the_speed_gets_half_the_blocks():
+    assert place([1.0] * 9, 2, [30, 15]).ranges == (range(0, 6), range(6, 9))
+    assert place([1.0] * 10, 3, [1, 2, 2]).ranges == (range(0, 2), range(2, 6), range(6, 10))
 
 
 def test_one_heavy_block_stands_alone():
