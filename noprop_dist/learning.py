@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Protocol, cast
 
 import torch
@@ -23,20 +23,20 @@ from noprop_dist.seeding import reseed
 class Log(Protocol):
     """Who wants to know what a step was like, see :class:`~noprop_dist.metrics.RunLog`."""
 
-    def add(self, index: int, loss: Tensor, hits: Tensor) -> None: ...
+    def add(self, indices: Sequence[int], losses: Tensor, hits: Tensor) -> None: ...
 
     def debug(self, index: int, norm: float, tensors: Mapping[str, Tensor]) -> None: ...
 
 
 class Means:
-    """A :class:`Log` of one block: ``means`` of loss and of hits so far."""
+    """A :class:`Log` for a block alone: ``means`` of loss and of hits so far."""
 
     def __init__(self) -> None:
         self._sums, self._count = torch.zeros(2, dtype=torch.float64), 0
 
-    def add(self, index: int, loss: Tensor, hits: Tensor) -> None:
-        self._sums = self._sums.to(loss.device) + torch.stack([loss.double(), hits.double().mean()])
-        self._count += 1
+    def add(self, indices: Sequence[int], losses: Tensor, hits: Tensor) -> None:
+        self._sums = self._sums.to(losses.device) + torch.stack([losses.double().sum(), hits.double().mean(dim=1).sum()])
+        self._count += len(indices)
 
     def debug(self, index: int, norm: float, tensors: Mapping[str, Tensor]) -> None:
         pass
@@ -72,7 +72,9 @@ class LabelLesson:
         reseed(y.device, self._card.run.seed, "labels", step)
         own = cast(LabelSpace, self._labels.module)
         u = own.embedding[y]
-        loss = cross_entropy(own(self._method.final_latent(u, self._gamma)), y) + self._method.prior_loss(u, self._gamma)
+        loss = cross_entropy(own(self._method.final_latent(u, self._gamma)), y)
+        if u.requires_grad or self._gamma is not None:  # else the prior's term is a constant
+            loss = loss + self._method.prior_loss(u, self._gamma)
         update(loss, step, self._labels)
 
 
@@ -93,6 +95,7 @@ class Local:
     def teach(self, step: int, x: Tensor, y: Tensor, log: Log) -> None:
         """See :class:`Lesson`."""
         card, method, seen = self._card, self._method, self._seen
+        taught: dict[int, tuple[Tensor, Tensor]] = {}
         u = seen.embedding[y]
         for index, learner in self._blocks.items():
             if step < learner.steps:  # it was saved when another rank was lost, after the checkpoint
@@ -108,10 +111,12 @@ class Local:
             extra = method.extra_loss(output, draw, u, lambda z: cross_entropy(seen(z), y), block.gamma)
             loss = squared_loss(output, draw) + extra
             update(loss, step, learner)
-            guess = nearest(method.estimate(output.detach(), draw.z.detach(), draw.time), seen.embedding)
-            log.add(index, loss.detach(), guess == y)
+            taught[index] = loss.detach(), method.estimate(output.detach(), draw.z.detach(), draw.time)
             if card.debug.enabled:
                 log.debug(index, learner.gradient_norm(), {"x": x, "features": features, "z": draw.z, "û": output})
+        if taught:  # of all blocks at once: small operations cost more by the piece than by the pound
+            losses, estimates = (torch.stack(tensors) for tensors in zip(*taught.values(), strict=True))
+            log.add([*taught], losses, nearest(estimates, seen.embedding) == y)
         if self._labels:
             self._labels.teach(step, y)
 
@@ -142,7 +147,7 @@ class EndToEnd:
         logits = labels(z.float())
         loss = cross_entropy(logits, y)
         update(loss, step, self._network, self._labels)
-        log.add(0, loss.detach(), logits.detach().argmax(dim=1) == y)
+        log.add([0], loss.detach()[None], logits.detach().argmax(dim=1)[None] == y)
         if card.debug.enabled:
             log.debug(0, self._network.gradient_norm(), {"x": x, "features": features, "z": z, "logits": logits})
 

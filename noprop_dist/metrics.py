@@ -7,7 +7,7 @@ import math
 import resource
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +62,7 @@ class RunLog:
         self._first = placement.ranges[world.rank].start
         owned = len(placement.ranges[world.rank])
         self._sums = torch.zeros(len(PARTS), owned, dtype=torch.float64, device=world.device)
+        self._cells = [row.unbind() for row in self._sums]  # views: making them takes longer than adding
         self._added = [0] * owned  # steps that each block did
         self._skips = skips
         self._counted = 0
@@ -90,11 +91,13 @@ class RunLog:
                 torch.cuda.synchronize(self._world.device)
         self._note()
 
-    def add(self, index: int, loss: Tensor, hits: Tensor) -> None:
-        """A block's loss (scalar) and the hits (B,) of its û on one batch. Does not synchronise with the device."""
-        self._sums[0, index - self._first].add_(loss)
-        self._sums[1, index - self._first].add_(hits.float().mean())
-        self._added[index - self._first] += 1
+    def add(self, indices: Sequence[int], losses: Tensor, hits: Tensor) -> None:
+        """Of n blocks on one batch the losses (n,) and the hits (n, B) of their û. Does not synchronise with the device."""
+        rows = [index - self._first for index in indices]
+        sums = [self._cells[part][row] for part in (0, 1) for row in rows]
+        torch._foreach_add_(sums, [*losses, *hits.float().mean(dim=1)])
+        for row in rows:
+            self._added[row] += 1
 
     def debug(self, index: int, norm: float, tensors: Mapping[str, Tensor]) -> None:
         """With --debug: a block's gradient norm, and on the first step the shapes of what it computed."""

@@ -6,7 +6,8 @@ The model, for N ranks, T blocks, a batch of B, and P bytes of parameters in all
   sent ahead, by a binomial tree, ⌈log₂ N⌉ times over the coordinator's link.
 - DDP: prepare(B/N) + T·(chain(B/N) + optimizer) + what of the ring's 2·(N−1)/N·P bytes and 2·(N−1) latencies is not hidden
   behind the backward pass (two thirds of chain). On CPUs the work of summing and copying them is hidden behind nothing.
-- 1F1B: prepare(B) + (m + N − 1)·max n_r·chain(B/m) + max n_r·optimizer + 2·(N−1) messages, for the best m microbatches.
+- 1F1B: max over r of (prepare(B) + (m + N − 1)·(n_r·chain(B/m) + slot) + n_r·optimizer) + 2·(N−1) messages, for the best m
+  microbatches.
 """
 
 from __future__ import annotations
@@ -40,6 +41,8 @@ class Calibration:
     """What a byte of an all-reduce costs a CPU; 0 for GPUs."""
     message: float
     """What a message costs, however short."""
+    slot: float = 0.0
+    """What a pipeline's stage costs beside its passes, a microbatch."""
 
 
 class Network(NamedTuple):
@@ -121,19 +124,30 @@ def _ddp(task: Task, times: Calibration, ranks: int, network: Network, speeds: S
 
 def _1f1b(task: Task, times: Calibration, ranks: int, network: Network, speeds: Sequence[float]) -> Prediction:
     owned = _owned(task, ranks, speeds)
-    stages = [count / speed for count, speed in zip(owned, speeds, strict=True)]
 
     def with_pieces(pieces: int) -> Prediction:
         piece = _chain(times, task.batch / pieces)
-        busy = [times.prepare + stage * (pieces * piece + times.optimizer) for stage in stages]
-        travel = task.batch // pieces * task.latent / network.bandwidth + network.latency + times.message
-        step = times.prepare + max(stages) * ((pieces + ranks - 1) * piece + times.optimizer) + 2 * (ranks - 1) * travel
+        stages = zip(owned, speeds, strict=True)
+        busy = [(times.prepare + count * (pieces * piece + times.optimizer)) / speed for count, speed in stages]
+        step = pipeline_step(task, times, ranks, network, speeds, pieces)
         kept = min(pieces, ranks) * task.cost.activations // pieces
         memory = max(owned) * (task.cost.state + task.cost.gradients + kept)
         return Prediction(task.batch / step, 2 * (ranks - 1) * task.batch * task.latent, memory, 1 - sum(busy) / ranks / step)
 
     sizes = [pieces for pieces in range(ranks, task.batch // 2 + 1) if task.batch % pieces == 0] or [ranks]
     return max((with_pieces(pieces) for pieces in sizes), key=lambda found: found.samples_per_second)
+
+
+def pipeline_step(task: Task, times: Calibration, ranks: int, network: Network, speeds: Sequence[float], pieces: int) -> float:
+    """Seconds of a step of 1F1B, of a batch in so many microbatches."""
+    passes = _chain(times, task.batch / pieces)
+    travel = task.batch // pieces * task.latent / network.bandwidth + network.latency + times.message
+    stages = zip(_owned(task, ranks, speeds), speeds, strict=True)
+    slots = pieces + ranks - 1
+    work = [
+        (times.prepare + count * (slots * passes + times.optimizer) + slots * times.slot) / speed for count, speed in stages
+    ]
+    return max(work) + 2 * (ranks - 1) * travel
 
 
 def _owned(task: Task, ranks: int, speeds: Sequence[float]) -> list[int]:

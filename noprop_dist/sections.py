@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 from pydantic_core import PydanticCustomError
 
-BACKBONE_NAMES = ("paper-cnn", "small-cnn", "mlp", "resnet18", "resnet34", "resnet50", "vit-tiny")
+BACKBONE_NAMES = ("paper-cnn", "small-cnn", "strided-cnn", "mlp", "resnet18", "resnet34", "resnet50", "vit-tiny")
 """The image paths of nets/backbones.py."""
 
 
@@ -98,8 +98,11 @@ class ModelCard(Section):
     """dt, backprop: T, the number of denoising blocks, each a step. ct, fm: K, the number of blocks that share the time;
     unset, 1 (the paper's). The other baselines have one."""
     backbone: str = "auto"
-    """A block's image path: paper-cnn (figure 5), small-cnn, mlp, resnet18, resnet34, resnet50, vit-tiny, or your own nn.Module
-    class as package.module:Class, called with (shape, dropout); auto: paper-cnn from 14 pixels a side on, small-cnn below."""
+    """A block's image path: paper-cnn (figure 5), small-cnn, strided-cnn, mlp, resnet18, resnet34, resnet50, vit-tiny, or your
+    own nn.Module class as package.module:Class, called with (shape, dropout); auto: paper-cnn from 14 pixels a side on,
+    small-cnn below."""
+    width: int | None = Field(None, ge=2, le=65_536)
+    """Features of a block's own layers; unset, what its image path asks for: 256 (figure 5), small-cnn 128."""
     embedding: Literal["one-hot", "learned", "prototype"] = "one-hot"
     """Class embeddings W. one-hot: fixed. learned: embedding_dim numbers a class. prototype: learned, of the image's size;
     starts from each class's medoid image."""
@@ -174,8 +177,8 @@ class ParallelCard(Section):
     balance: Literal["even", "measured"] = "even"
     """How many blocks a rank owns. measured: by the time that one block's step takes on it at the start, all ranks at once: for
     GPUs of several kinds, or a machine that others use too. What is computed stays the same."""
-    prefetch: int = Field(2, ge=0, le=1000)
-    """stream: batches sent ahead of need."""
+    prefetch: int | None = Field(None, ge=0, le=1000)
+    """Batches that travel ahead, and so the steps that ranks may be apart; unset, as many as 8 MiB hold, from 2 to 8."""
     backend: Literal["auto", "gloo", "nccl"] = "auto"
     """Carrier of batches; auto: nccl where every local rank has a GPU of its own, else gloo."""
     device: Literal["auto", "cpu", "cuda"] = "auto"

@@ -84,8 +84,8 @@ def test_one_loss_moves_the_network_the_head_and_where_z_counts_w(baseline_card,
         def __init__(self):
             self.seen = []
 
-        def add(self, index, loss, correct):
-            self.seen.append((index, loss, correct))
+        def add(self, indices, losses, hits):
+            self.seen.append((indices, losses, hits))
 
     log = Noted()
     learners = [Learner(module, card.optim, 10) for module in modules]
@@ -95,8 +95,8 @@ def test_one_loss_moves_the_network_the_head_and_where_z_counts_w(baseline_card,
     logits = copies[1](copies[0].denoise(torch.randn(8, 6), copies[0].encode(x), copies[1].embedding))
     loss = -logits.log_softmax(dim=1)[torch.arange(8), y].mean()
     loss.backward()
-    index, logged, correct = log.seen[0]
-    assert (index, float(logged)) == (0, pytest.approx(loss.item()))
+    indices, (logged,), (correct,) = log.seen[0]
+    assert (indices, float(logged)) == ([0], pytest.approx(loss.item()))
     assert torch.equal(correct, logits.argmax(dim=1) == y)
     for module, copy in zip(modules, copies, strict=True):
         for (key, moved), before in zip(module.named_parameters(), copy.parameters(), strict=True):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -12,6 +13,7 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from noprop_dist.benchmark.contenders import Backpropagated, Bare, Contender
+from noprop_dist.benchmark.contest import change
 from noprop_dist.benchmark.runner import Job, Peers, measure
 from noprop_dist.config import Card
 from noprop_dist.data import open_data
@@ -20,11 +22,12 @@ from noprop_dist.nets.cost import block_cost
 from noprop_dist.nets.labels import embedding_size
 from noprop_dist.parallel import rivals
 from noprop_dist.parallel.feed import message_size
-from noprop_dist.planning import Calibration, Task
+from noprop_dist.planning import Calibration, Network, Task, pipeline_step
 from noprop_dist.timing import block_step, seconds
 
 BLOCKS = 4  # that are timed in turn: a single one's weights would stay in a CPU's cache
-PROBE = 16_000_000  # bytes of an all-reduce: about what the blocks of a small network have
+WARMUP, SUMS = 3, 8  # steps of DDP, and as many without its sums
+SLOTS = 3  # of two microbatches in a pipeline of two
 
 
 def task_of(card: Card) -> Task:
@@ -45,8 +48,13 @@ def calibrate(card: Card, processes: int, log: Path) -> Calibration:
     mean = replace(mean, chain={size: sum(each.chain[size] for each in found) / processes for size in mean.chain})
     if torch.cuda.is_available() and card.parallel.device != "cpu":
         return mean
-    whole, nothing = measure(Job(card, "ddp", 2), _sums, log)[0]
-    return replace(mean, byte=max(0.0, whole - nothing) / PROBE, message=nothing / 2)
+    few = change(card, model={"blocks": min(BLOCKS, card.model.blocks)})
+    added, nothing = measure(Job(few, "ddp", 2), _sums, log)[0]
+    mean = replace(mean, byte=max(0.0, added) / task_of(few).parameters, message=nothing / 2)
+    if few.model.blocks < 2:
+        return mean
+    plain = pipeline_step(task_of(few), mean, 2, Network(1e15, 0.0), [1.0, 1.0], pieces=2)
+    return replace(mean, slot=max(0.0, measure(Job(few, "1f1b", 2, 2), _step, log)[0] - plain) / SLOTS)
 
 
 def _times(make: Callable[[], Contender], peers: Peers) -> Calibration:
@@ -62,31 +70,44 @@ def _times(make: Callable[[], Contender], peers: Peers) -> Calibration:
     part, optimizer = bare.chain(blocks)
     z = torch.randn(size, part.labels.embedding.shape[1], device=device)
 
-    def pass_through(size: int) -> None:
+    def step(size: int) -> None:
+        """Whole, for a pass alone would find its gradients' memory in the cache."""
+        optimizer.zero_grad(set_to_none=True)
         cross_entropy(part(z[:size], x[:size]), y[:size]).backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
 
     while size > 1:
-        chain[size] = seconds(lambda size=size: pass_through(size), device) / blocks  # type: ignore[misc]
+        chain[size] = seconds(lambda size=size: step(size), device) / blocks  # type: ignore[misc]
         size //= 2
-    return Calibration(prepare, block, chain, seconds(optimizer.step, device) / blocks, 0.0, 0.0)
+    update = seconds(optimizer.step, device) / blocks
+    return Calibration(prepare, block, {size: whole - update for size, whole in chain.items()}, update, 0.0, 0.0)
 
 
 def _sums(make: Callable[[], Contender], peers: Peers) -> tuple[float, float]:
-    device = cast(Backpropagated, make()).device
+    """Seconds that summing gradients adds to a step of DDP, and those of a sum of next to nothing."""
+    ddp = cast(Backpropagated, make())
+    steps, tiny = ddp.steps(), rivals.tiny_sum(ddp.device)
+    for _ in range(WARMUP):
+        next(steps)
+        tiny()
+    added = []
+    for _ in range(SUMS):
+        whole = _timed(lambda: next(steps), peers)
+        with ddp.unsynchronised():
+            added.append(whole - _timed(lambda: next(steps), peers))
+    return statistics.median(added), statistics.median(_timed(tiny, peers) for _ in range(SUMS))
+
+
+def _step(make: Callable[[], Contender], peers: Peers) -> float:
+    """Seconds of a step."""
+    steps = make().steps()
+    times = [_timed(lambda: next(steps), peers) for _ in range(WARMUP + SUMS)]
+    return statistics.median(times[WARMUP:])
+
+
+def _timed(step: Callable[[], object], peers: Peers) -> float:
+    """Seconds, all ranks beginning at once."""
     peers.meet()
-    times = []
-    for size in (PROBE, 4):
-        step, calls = rivals.all_reduce(device, size), 12
-        for _ in range(3):
-            step()
-        times.append(_timed(step, calls))
-        peers.meet()
-    return times[0], times[1]
-
-
-def _timed(step: Callable[[], None], calls: int) -> float:
-    """Mean seconds: all ranks have to call it equally often."""
     begin = time.perf_counter()
-    for _ in range(calls):
-        step()
-    return (time.perf_counter() - begin) / calls
+    step()
+    return time.perf_counter() - begin

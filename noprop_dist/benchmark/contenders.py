@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 from noprop_dist.config import Card
@@ -215,6 +216,10 @@ class Backpropagated(_Alone):
                     loss.backward()  # type: ignore[no-untyped-call]
             self._optimizer.step()
             yield step
+
+    def unsynchronised(self) -> contextlib.AbstractContextManager[None]:
+        """In which ranks of ddp keep their gradients to themselves."""
+        return cast(DistributedDataParallel, self._network).no_sync()
 
     @torch.no_grad()
     def accuracy(self) -> float | None:

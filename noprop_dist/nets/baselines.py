@@ -110,7 +110,7 @@ class CNN(Plain):
 
     def __init__(self, card: Card, shape: tuple[int, int, int], classes: int) -> None:
         super().__init__()
-        backbone, features, width = image_path(card.model.backbone, shape, card.model.dropout)
+        backbone, features, width = image_path(card.model, shape)
         norm = nn.BatchNorm1d(width)
         self.path = nn.Sequential(backbone, nn.Linear(features, width), norm, nn.ReLU(), Dropout(card.model.dropout))
         self.last = nn.Linear(width, embedding_size(card.model, shape, classes))

@@ -37,11 +37,11 @@ class Block(nn.Module):
         super().__init__()
         model = card.model
         self._timed, self._mixes = card.method.name in ("ct", "fm", "adjoint"), card.method.name not in ("fm", "adjoint")
-        backbone, features, width = image_path(model.backbone, shape, model.dropout)
+        backbone, features, width = image_path(model, shape)
         self.image = nn.Sequential(backbone, *self._linear(features, width, relu=False))
         size = embedding_size(model, shape, classes)
         if model.embedding != "one-hot" and size == math.prod(shape):  # z is an image
-            path, features, _ = image_path(model.backbone, shape, model.dropout)
+            path, features, _ = image_path(model, shape)
             self.label = nn.Sequential(nn.Unflatten(1, shape), path, *self._linear(features, width))
         else:
             self.label = nn.Sequential(*self._linear(size, width))

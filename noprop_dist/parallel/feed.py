@@ -21,6 +21,7 @@ from noprop_dist.parallel.world import World
 HEADER = 8  # bytes
 STOP = -1
 CHUNK = 64 << 20  # bytes of a resident data set per message
+AHEAD, LEAST, MOST = 8 << 20, 2, 8  # of batches that travel ahead: bytes, and how many
 SAMPLE = 10_000  # training images on which the finished chain's accuracy is measured
 
 
@@ -45,16 +46,26 @@ def pack(step: int, images: Tensor | None = None, labels: Tensor | None = None) 
     return torch.cat([header, labels.to(torch.int32).view(torch.uint8), images.contiguous().flatten()])
 
 
-def unpack(message: Tensor, shape: tuple[int, int, int]) -> tuple[int, Batch]:
-    """The step and the batch (empty where none was packed); views where possible."""
+def unpack(message: Tensor, shape: tuple[int, int, int]) -> Batch:
+    """The batch that :func:`pack` was given (empty where there was none); a view where possible."""
     batch = (len(message) - HEADER) // (message_size(1, shape) - HEADER)
     labels = message[HEADER : HEADER + 4 * batch].view(torch.int32).long()
-    images = message[HEADER + 4 * batch :].view(batch, *shape)
+    return Batch(message[HEADER + 4 * batch :].view(batch, *shape), labels)
+
+
+def step_of(message: Tensor) -> int:
+    """The step that :func:`pack` was given."""
     # on a stream of its own: on the current one, reading would first wait for all work under way
     aside = torch.cuda.Stream(message.device) if message.is_cuda else None  # type: ignore[no-untyped-call]
     with torch.cuda.stream(aside):  # does nothing with None
-        step = int(message[:HEADER].view(torch.int64))
-    return step, Batch(images, labels)
+        return int(message[:HEADER].view(torch.int64))
+
+
+def _carry(tensor: Tensor, device: torch.device) -> Tensor:
+    """``tensor`` on ``device``; to a GPU from pinned memory, for else its copy would first wait for all work under way."""
+    if device.type == "cuda" and not tensor.is_cuda:
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
 
 
 class Feed:
@@ -70,6 +81,8 @@ class Feed:
         self._streams = card.parallel.feed == "stream"
         self._wire: Wire = world.wires["batches" if self._streams else "scalars"]
         self.stopped = False
+        fitting = AHEAD // message_size(card.data.batch_size, info.shape)
+        self._prefetch = min(max(fitting, LEAST), MOST) if card.parallel.prefetch is None else card.parallel.prefetch
         self._splits: dict[str, Split | None] = {
             "train": data.train if data else None,
             "test": data.test if data else None,
@@ -121,24 +134,24 @@ class Feed:
         """Announce each step ``prefetch`` steps ahead. All ranks run this, so their broadcasts are in the same order."""
         split = self._splits[name] if self._streams else None
         source = iter(split.batches(indices(step) for step in steps)) if split else None
-        ahead = deque(self._announce(step, source, len(indices(step))) for step in steps[: self._card.parallel.prefetch])
+        ahead = deque(self._announce(step, source, len(indices(step))) for step in steps[: self._prefetch])
         for step in steps:
-            coming = step + self._card.parallel.prefetch
+            coming = step + self._prefetch
             if coming in steps:
                 ahead.append(self._announce(coming, source, len(indices(coming))))
-            announced, batch = unpack(ahead.popleft().wait(), self._info.shape)
-            if announced == STOP:
+            message = ahead.popleft().wait()
+            if (announced := step_of(message)) == STOP:
                 self.stopped = True
-                for message in ahead:
-                    message.wait()
+                for pending in ahead:
+                    pending.wait()
                 return
             if announced != step:
                 raise PeerError(f"rank {self._world.rank} expected the batch of step {step}, got that of {announced}")
             if self._streams:
-                yield Batch(*(tensor.to(self._world.device, non_blocking=True) for tensor in batch))
+                yield unpack(_carry(message, self._world.device), self._info.shape)
             else:
                 images, labels = self._resident[name]
-                chosen = indices(step).to(labels.device)
+                chosen = _carry(indices(step), labels.device)
                 yield Batch(images[chosen], labels[chosen])
 
     def _announce(self, step: int, source: Iterator[tuple[Tensor, Tensor]] | None, batch: int) -> Pending:
@@ -150,7 +163,7 @@ class Feed:
                 message[:HEADER] = pack(STOP)
             else:
                 message = pack(step, *(next(source) if source else ()))
-        return self._wire.broadcast(message, step)
+        return self._wire.broadcast(_carry(message, self._wire.device), step)
 
     def _broadcast_all(self, name: str, size: int) -> Batch:
         split, wire = self._splits[name], self._world.wires["batches"]
@@ -168,5 +181,5 @@ class Feed:
             message = torch.empty(message_size(part.stop - start, self._info.shape), dtype=torch.uint8, device=wire.device)
             for images, labels in loaded:
                 message = pack(start, images[part], labels[part])
-            batches.append(unpack(wire.broadcast(message, start).wait().to(self._world.device), self._info.shape)[1])
+            batches.append(unpack(wire.broadcast(message, start).wait().to(self._world.device), self._info.shape))
         return Batch(*(torch.cat(tensors) for tensors in zip(*batches, strict=True)))

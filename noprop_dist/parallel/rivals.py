@@ -60,7 +60,7 @@ def pipeline(
     return run
 
 
-def all_reduce(device: torch.device, size: int) -> Callable[[], None]:
-    """Sum ``size`` bytes of float32 over all ranks, as DDP does, at each call."""
-    tensor = torch.zeros(max(1, size // 4), device=device)
-    return lambda: dist.all_reduce(tensor)
+def tiny_sum(device: torch.device) -> Callable[[], object]:
+    """An all-reduce of one number, at each call."""
+    number = torch.zeros((), device=device)
+    return lambda: dist.all_reduce(number)

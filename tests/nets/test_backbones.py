@@ -90,7 +90,7 @@ def test_the_card_knows_every_backbone_and_no_other():
 @pytest.mark.parametrize(("name", "shape"), FITTING)
 def test_a_backbone_gives_features_and_gradients(name, shape):
     torch.manual_seed(0)
-    backbone, count, _ = image_path(name, shape, 0.2)
+    backbone, count, _ = image_path(ModelCard(backbone=name, dropout=0.2), shape)
     assert backbone.training
     features = backbone(torch.randn(4, *shape))
     assert features.shape == (4, count)
@@ -104,14 +104,14 @@ def test_a_backbone_gives_features_and_gradients(name, shape):
 def test_dropout_acts_in_training_only(name):
     torch.manual_seed(0)
     x = torch.randn(3, 1, 14, 14)
-    backbone, *_ = image_path(name, x.shape[1:], 0.5)
+    backbone, *_ = image_path(ModelCard(backbone=name, dropout=0.5), x.shape[1:])
     for module in backbone.modules():
         if isinstance(module, torch.nn.BatchNorm2d):
             module.momentum = 0.0  # else it is their statistics that differ
     assert not backbone(x).equal(backbone(x))
     backbone.eval()
     assert backbone(x).equal(backbone(x))
-    certain, *_ = image_path(name, x.shape[1:], 0.0)
+    certain, *_ = image_path(ModelCard(backbone=name, dropout=0.0), x.shape[1:])
     assert certain(x).equal(certain(x))
 
 
@@ -131,7 +131,7 @@ def test_a_backbone_serves_a_z_of_the_images_size(name):
 def test_the_resnets_are_torchvisions_without_their_classifier():
     for name, features in [("resnet18", 512), ("resnet34", 512), ("resnet50", 2048)]:
         with torch.device("meta"):
-            ours, count, _ = image_path(name, (3, 224, 224), 0.2)
+            ours, count, _ = image_path(ModelCard(backbone=name, dropout=0.2), (3, 224, 224))
             theirs = models.get_model(name, weights=None)
         assert count == features
         expected = {name: value.shape for name, value in theirs.state_dict().items() if not name.startswith("fc.")}
@@ -141,7 +141,7 @@ def test_the_resnets_are_torchvisions_without_their_classifier():
 @pytest.mark.parametrize(("side", "left"), [(8, 1), (28, 4), (64, 8), (65, 3), (224, 7)])
 def test_a_resnet_has_the_cifar_stem_for_small_images(side, left):
     with torch.device("meta"):
-        net = image_path("resnet18", (1, side, side), 0.2)[0].net
+        net = image_path(ModelCard(backbone="resnet18", dropout=0.2), (1, side, side))[0].net
         x = net.maxpool(net.conv1(torch.zeros(2, 1, side, side)))
         for layer in (net.layer1, net.layer2, net.layer3, net.layer4):
             x = layer(x)
@@ -169,7 +169,7 @@ def test_the_transformers_layers_start_apart_and_know_positions():
 def test_looking_for_the_number_of_features_leaves_statistics_and_random_numbers_alone():
     shape = (1, 12, 12)  # of no other test: the number is looked for once
     torch.manual_seed(5)
-    backbone, *_ = image_path("resnet18", shape, 0.2)
+    backbone, *_ = image_path(ModelCard(backbone="resnet18", dropout=0.2), shape)
     after = torch.rand(3)
     torch.manual_seed(5)
     plain = BACKBONES["resnet18"](shape, 0.2)
@@ -181,9 +181,9 @@ def test_looking_for_the_number_of_features_leaves_statistics_and_random_numbers
 @pytest.mark.parametrize("name", BACKBONES)
 def test_a_backbone_can_be_made_without_contents(name):
     with torch.device("meta"):
-        backbone, count, _ = image_path(name, (3, 16, 18), 0.2)
+        backbone, count, _ = image_path(ModelCard(backbone=name, dropout=0.2), (3, 16, 18))
     assert {parameter.device.type for parameter in backbone.parameters()} == {"meta"}
-    assert count == image_path(name, (3, 16, 18), 0.2)[1]
+    assert count == image_path(ModelCard(backbone=name, dropout=0.2), (3, 16, 18))[1]
 
 
 @pytest.mark.parametrize(

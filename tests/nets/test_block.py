@@ -95,6 +95,19 @@ def test_new_blocks_are_a_pure_function_of_the_seed(name, method):
     assert not weights(2).equal(first)
 
 
+@pytest.mark.parametrize(
+    ("backbone", "width", "features"), [("mlp", None, 256), ("small-cnn", None, 128), ("small-cnn", 48, 48)]
+)
+def test_its_layers_are_as_wide_as_the_card_or_else_the_image_path_says(backbone, width, features):
+    block = fresh(backbone=backbone, width=width)
+    assert block.encode(torch.randn(3, 1, 8, 8)).shape == (3, features)
+    assert {layer.in_features for layer in block.fuse if isinstance(layer, torch.nn.Linear)} == {
+        2 * features,
+        features,
+        features // 2,
+    }
+
+
 @pytest.mark.parametrize("method", ["ct", "fm"])
 def test_blocks_of_continuous_time_have_no_batch_norm_outside_the_image_path(method):
     def norms(module):

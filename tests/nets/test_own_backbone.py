@@ -10,7 +10,7 @@ import yaml
 
 from noprop_dist import NoPropModel, train
 from noprop_dist.cards import dump_card
-from noprop_dist.config import Card, UserError
+from noprop_dist.config import Card, ModelCard, UserError
 from noprop_dist.nets.backbones import image_path, resolve_backbone
 from noprop_dist.nets.cost import block_cost
 
@@ -55,7 +55,7 @@ def test_it_is_found_in_the_current_directory(own):
     before = torch.get_rng_state()
     assert resolve_backbone(name, SHAPE) == name
     assert torch.get_rng_state().equal(before), "trying it out moves no random numbers"
-    backbone, features, width = image_path(name, SHAPE, 0.2)
+    backbone, features, width = image_path(ModelCard(backbone=name, dropout=0.2), SHAPE)
     assert (type(backbone).__name__, backbone.training, features, width) == ("Net", True, 6, 32)
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from noprop_dist.config import ParallelCard
-from noprop_dist.data import open_data, train_indices
-from noprop_dist.parallel.feed import Feed, message_size, pack, unpack
+from noprop_dist.data import DataSet, open_data, train_indices
+from noprop_dist.parallel.feed import Feed, message_size, pack, step_of, unpack
 from noprop_dist.parallel.placement import place
 from noprop_dist.parallel.world import World
 
@@ -17,8 +19,8 @@ def test_a_message_is_small_and_whole():
     labels = torch.tensor([0, 1, 99, 1000, 70000])
     message = pack(2**40, images, labels)
     assert message.dtype == torch.uint8 and len(message) == message_size(5, (3, 4, 6)) == 8 + 5 * (4 + 72)
-    step, batch = unpack(message, (3, 4, 6))
-    assert step == 2**40 and torch.equal(batch.images, images) and torch.equal(batch.labels, labels)
+    batch = unpack(message, (3, 4, 6))
+    assert step_of(message) == 2**40 and torch.equal(batch.images, images) and torch.equal(batch.labels, labels)
 
 
 @pytest.mark.parametrize("feed", ["stream", "resident"])
@@ -60,3 +62,23 @@ def test_an_evaluation_in_mid_training_does_not_mix_up_the_batches_under_way(sma
 
     first, second = on_ranks(2, work)
     assert first == second and len(set(first)) > 4
+
+
+@pytest.mark.parametrize(("batch_size", "ahead"), [(64, 8), (30_000, 4), (100_000, 2)])
+def test_unless_told_as_many_batches_travel_ahead_as_a_few_megabytes_hold(small_card, batch_size, ahead):
+    card = small_card(data={"batch_size": batch_size})
+    data = open_data(card.data)
+    asked = []
+
+    class Split:
+        def batches(self, indices):
+            for rows in indices:
+                asked.append(len(rows))
+                yield torch.zeros(len(rows), *data.info.shape, dtype=torch.uint8), torch.zeros(len(rows), dtype=torch.int64)
+
+    world = World(card.parallel, place([1.0] * 4, 1))
+    world.connect()
+    info = replace(data.info, train_size=batch_size)
+    next(Feed(card, info, world, DataSet(info, Split(), data.test)).train(0, 100))
+    world.close()
+    assert asked == [batch_size] * (ahead + 1)
