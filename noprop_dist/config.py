@@ -51,7 +51,8 @@ BELONGS = {
     ),
     **dict.fromkeys(("method.partition", "method.overlap"), ("ct", "fm")),
     **dict.fromkeys(("inference.solver", "inference.steps", "inference.tolerance"), ("ct", "fm")),
-    **dict.fromkeys(("method.label_noise", "model.embedding_lag", "inference.blocks", "parallel.balance"), LOCAL_METHODS),
+    **dict.fromkeys(("method.label_noise", "model.embedding_lag", "inference.blocks"), LOCAL_METHODS),
+    **dict.fromkeys(("parallel.balance", "parallel.cuda_graphs"), LOCAL_METHODS),
     "method.sigma": ("fm",),
     "method.ode_steps": ("adjoint",),
 }

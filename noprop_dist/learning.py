@@ -13,10 +13,11 @@ from noprop_dist.config import LOCAL_METHODS, Card
 from noprop_dist.data import Pixels
 from noprop_dist.learner import Learner, update
 from noprop_dist.method import make_method
-from noprop_dist.method.base import Gamma, squared_loss
+from noprop_dist.method.base import Draw, Gamma, squared_loss
 from noprop_dist.nets.block import Block
 from noprop_dist.nets.labels import LabelSpace, nearest
 from noprop_dist.nets.precision import autocast, lay_out
+from noprop_dist.nets.step import Pass
 from noprop_dist.seeding import reseed
 
 
@@ -29,7 +30,7 @@ class Log(Protocol):
 
 
 class Means:
-    """A :class:`Log` for a block alone: ``means`` of loss and of hits so far."""
+    """A :class:`Log` that adds everything up: ``means`` of loss and of hits so far."""
 
     def __init__(self) -> None:
         self._sums, self._count = torch.zeros(2, dtype=torch.float64), 0
@@ -73,7 +74,7 @@ class LabelLesson:
         own = cast(LabelSpace, self._labels.module)
         u = own.embedding[y]
         loss = cross_entropy(own(self._method.final_latent(u, self._gamma)), y)
-        if u.requires_grad or self._gamma is not None:  # else the prior's term is a constant
+        if u.requires_grad:  # else the prior's term is a constant
             loss = loss + self._method.prior_loss(u, self._gamma)
         update(loss, step, self._labels)
 
@@ -89,6 +90,8 @@ class Local:
     def __init__(self, card: Card, blocks: Mapping[int, Learner], labels: Learner | None, seen: LabelSpace) -> None:
         self._card, self._blocks, self._seen = card, blocks, seen
         self._method = make_method(card)
+        self._passes = {index: Pass(card.train, cast(Block, learner.module)) for index, learner in blocks.items()}
+        self._to_capture = card.parallel.cuda_graphs
         # block 0's schedule is of use where it has all of the time, and so is here
         self._labels = LabelLesson(card, labels, cast(Block, blocks[0].module).gamma) if labels else None
 
@@ -97,6 +100,8 @@ class Local:
         card, method, seen = self._card, self._method, self._seen
         taught: dict[int, tuple[Tensor, Tensor]] = {}
         u = seen.embedding[y]
+        if self._to_capture:
+            self._capture(x, u)
         for index, learner in self._blocks.items():
             if step < learner.steps:  # it was saved when another rank was lost, after the checkpoint
                 continue
@@ -105,9 +110,7 @@ class Local:
             if not block.training:  # an evaluation came between; asking costs less than telling all layers anew
                 block.train()
             draw = method.draw(index, u, seen.embedding[self._mislabel(y)], block.gamma)
-            with autocast(card.train, x.device):
-                features = block.encode(x)
-                output = block.denoise(draw.z, features, seen.embedding, draw.time)
+            output, features = self._passes[index](*_inputs(draw, x, seen.embedding))
             extra = method.extra_loss(output, draw, u, lambda z: cross_entropy(seen(z), y), block.gamma)
             loss = squared_loss(output, draw) + extra
             update(loss, step, learner)
@@ -120,6 +123,13 @@ class Local:
         if self._labels:
             self._labels.teach(step, y)
 
+    def _capture(self, x: Tensor, u: Tensor) -> None:
+        """Blocks run one after the other, and so their graphs share what memory they need in between."""
+        pool, self._to_capture = torch.cuda.graph_pool_handle(), False
+        for index, each in self._passes.items():
+            draw = self._method.draw(index, u, u, each.block.train().gamma)
+            each.capture(pool, *_inputs(draw, x, self._seen.embedding))
+
     def _mislabel(self, y: Tensor) -> Tensor:
         """Labels (B,), each another one with probability label_noise."""
         share, classes = self._card.method.label_noise, len(self._seen.embedding)
@@ -127,6 +137,10 @@ class Local:
             return y
         wrong = (y + torch.randint(1, classes, y.shape, device=y.device)) % classes
         return torch.where(torch.rand(y.shape, device=y.device) < share, wrong, y)
+
+
+def _inputs(draw: Draw, x: Tensor, embedding: Tensor) -> list[Tensor]:
+    return [draw.z, x, embedding, *([] if draw.time is None else [draw.time])]
 
 
 class EndToEnd:

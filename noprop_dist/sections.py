@@ -178,11 +178,15 @@ class ParallelCard(Section):
     """How many blocks a rank owns. measured: by the time that one block's step takes on it at the start, all ranks at once: for
     GPUs of several kinds, or a machine that others use too. What is computed stays the same."""
     prefetch: int | None = Field(None, ge=0, le=1000)
-    """Batches that travel ahead, and so the steps that ranks may be apart; unset, as many as 8 MiB hold, from 2 to 8."""
+    """Batches that travel ahead: steps that ranks may be apart, and that are still done once the run is asked to stop. Unset,
+    as many as 1 MiB holds, from 2 to 8, for small images make short steps."""
     backend: Literal["auto", "gloo", "nccl"] = "auto"
     """Carrier of batches; auto: nccl where every local rank has a GPU of its own, else gloo."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where blocks train; auto: a GPU if there is one."""
+    cuda_graphs: bool = False
+    """Have a GPU run each block's forward and backward pass as one launch, where launching takes longer than computing: small
+    blocks, many of them on a GPU. Batches of one size, networks without decisions on the CPU."""
     threads: int = Field(0, ge=0, le=1024)
     """CPU threads a rank; 0: $OMP_NUM_THREADS, else cores / local ranks."""
     timeout: float = Field(600.0, gt=0, le=1e6)

@@ -76,7 +76,7 @@ def make_card(variant: str, folder: Path) -> Card:
         "model": {"blocks": 4, "backbone": "mlp"},
         "train": {"steps": STEPS, "log_every": 2, "checkpoint_every": 4, "eval_every": 6},
         "inference": {"batch_size": 180},
-        "parallel": {"timeout": 60, "threads": 1},
+        "parallel": {"timeout": 30, "threads": 1},
         "run": {"dir": str(folder), "name": "run"},
     }
     for section, values in VARIANTS[variant].items():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import sys
@@ -53,6 +54,7 @@ def fork_ranks(
 
 
 def _rank(rank: int, ranks: int, work: Callable[[int, str], Any], init_method: str, pipe: Any) -> None:
+    gc.freeze()  # what the parent left behind is not ours to destroy: its threads have not come along
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(ranks)}
     try:
         result = work(rank, init_method)

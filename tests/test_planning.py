@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from noprop_dist import command, plan
@@ -31,6 +33,13 @@ def test_blocks_side_by_side_take_the_time_of_the_busiest_rank():
     found = predict(OURS, TASK, TIMES, 3, FAST, [1.0] * 3)
     assert found.idle == pytest.approx(1 - 8 / 9) and found.sent == 2 * 100_000
     assert found.memory == 3 * 12_000_000 + 4_000_000 + 20_000_000
+
+
+def test_a_pipeline_waits_for_its_slowest_stage_in_every_slot():
+    times = replace(TIMES, prepare=0.004, slot=0.002)
+    found = predict(PIPELINE, replace(TASK, blocks=9, batch=4), replace(times, chain={2: 0.006}), 2, FAST, [1.0, 0.5])
+    slow = 3  # of nine blocks; two microbatches of two images take three slots
+    assert 4 / found.samples_per_second == pytest.approx((0.004 + slow * (3 * 0.006 + 0.001) + 3 * 0.002) / 0.5)
 
 
 def test_a_slow_link_makes_the_batch_the_bottleneck():

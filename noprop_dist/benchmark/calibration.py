@@ -13,7 +13,7 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from noprop_dist.benchmark.contenders import Backpropagated, Bare, Contender
-from noprop_dist.benchmark.contest import change
+from noprop_dist.benchmark.contest import change, microbatches
 from noprop_dist.benchmark.runner import Job, Peers, measure
 from noprop_dist.config import Card
 from noprop_dist.data import open_data
@@ -27,7 +27,7 @@ from noprop_dist.timing import block_step, seconds
 
 BLOCKS = 4  # that are timed in turn: a single one's weights would stay in a CPU's cache
 WARMUP, SUMS = 3, 8  # steps of DDP, and as many without its sums
-SLOTS = 3  # of two microbatches in a pipeline of two
+PIECES = 2  # microbatches of a pipeline of two
 
 
 def task_of(card: Card) -> Task:
@@ -48,13 +48,15 @@ def calibrate(card: Card, processes: int, log: Path) -> Calibration:
     mean = replace(mean, chain={size: sum(each.chain[size] for each in found) / processes for size in mean.chain})
     if torch.cuda.is_available() and card.parallel.device != "cpu":
         return mean
-    few = change(card, model={"blocks": min(BLOCKS, card.model.blocks)})
+    threads = card.parallel.threads or 1
+    few = change(card, model={"blocks": min(BLOCKS, card.model.blocks)}, parallel={"threads": threads})
     added, nothing = measure(Job(few, "ddp", 2), _sums, log)[0]
     mean = replace(mean, byte=max(0.0, added) / task_of(few).parameters, message=nothing / 2)
-    if few.model.blocks < 2:
+    if few.model.blocks < 2 or PIECES not in microbatches(card.data.batch_size, 2):
         return mean
-    plain = pipeline_step(task_of(few), mean, 2, Network(1e15, 0.0), [1.0, 1.0], pieces=2)
-    return replace(mean, slot=max(0.0, measure(Job(few, "1f1b", 2, 2), _step, log)[0] - plain) / SLOTS)
+    beside = measure(Job(few, "bare", 2), _times, log)[0]  # as fast as the two stages are
+    plain = pipeline_step(task_of(few), replace(beside, message=mean.message), 2, Network(1e15, 0.0), [1.0, 1.0], PIECES)
+    return replace(mean, slot=max(0.0, measure(Job(few, "1f1b", 2, PIECES), _step, log)[0] - plain) / (PIECES + 1))
 
 
 def _times(make: Callable[[], Contender], peers: Peers) -> Calibration:

@@ -15,7 +15,6 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
-from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 from noprop_dist.config import Card
@@ -219,7 +218,7 @@ class Backpropagated(_Alone):
 
     def unsynchronised(self) -> contextlib.AbstractContextManager[None]:
         """In which ranks of ddp keep their gradients to themselves."""
-        return cast(DistributedDataParallel, self._network).no_sync()
+        return rivals.unsynchronised(self._network)
 
     @torch.no_grad()
     def accuracy(self) -> float | None:

@@ -89,7 +89,7 @@ class SmallCNN(nn.Sequential):
 
 
 class StridedCNN(nn.Sequential):
-    """As many parameters as the paper's at a sixth of its work, for slow devices: padded 3×3 convolutions 32-48 of stride 2."""
+    """About the paper's parameters at a seventh of its work, for slow devices: padded 3×3 convolutions 32-48 of stride 2."""
 
     smallest = 4
 

@@ -74,4 +74,4 @@ def squared_distances(points: Tensor, embedding: Tensor) -> Tensor:
 
 def nearest(estimate: Tensor, embedding: Tensor) -> Tensor:
     """The class whose row of W (m, d) is nearest (Euclid) to each estimate (…, d); int64 (…)."""
-    return (embedding.square().sum(dim=1) - 2 * estimate @ embedding.T).argmin(dim=-1)  # ‖estimate‖² is the same for all
+    return (embedding.square().sum(dim=1) - estimate @ (2 * embedding).T).argmin(dim=-1)  # ‖estimate‖² is the same for all

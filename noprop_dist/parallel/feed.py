@@ -21,7 +21,7 @@ from noprop_dist.parallel.world import World
 HEADER = 8  # bytes
 STOP = -1
 CHUNK = 64 << 20  # bytes of a resident data set per message
-AHEAD, LEAST, MOST = 8 << 20, 2, 8  # of batches that travel ahead: bytes, and how many
+AHEAD, LEAST, MOST = 1 << 20, 2, 8  # of batches that travel ahead: bytes, and how many
 SAMPLE = 10_000  # training images on which the finished chain's accuracy is measured
 
 
@@ -81,8 +81,6 @@ class Feed:
         self._streams = card.parallel.feed == "stream"
         self._wire: Wire = world.wires["batches" if self._streams else "scalars"]
         self.stopped = False
-        fitting = AHEAD // message_size(card.data.batch_size, info.shape)
-        self._prefetch = min(max(fitting, LEAST), MOST) if card.parallel.prefetch is None else card.parallel.prefetch
         self._splits: dict[str, Split | None] = {
             "train": data.train if data else None,
             "test": data.test if data else None,
@@ -112,7 +110,7 @@ class Feed:
                 overfit_batches=card.debug.overfit_batches,
             )
 
-        return self._batches("train", indices, range(start, stop))
+        return self._batches("train", indices, range(start, stop), card.data.batch_size)
 
     def test(self) -> Iterator[Batch]:
         """The whole test set in batches of ``inference.batch_size``, the last one shorter."""
@@ -128,15 +126,18 @@ class Feed:
         def indices(batch: int) -> Tensor:
             return test_indices(batch, size=size, batch_size=batch_size)
 
-        return self._batches(name, indices, range(-(-size // batch_size)))
+        return self._batches(name, indices, range(-(-size // batch_size)), batch_size)
 
-    def _batches(self, name: str, indices: Callable[[int], Tensor], steps: range) -> Iterator[Batch]:
-        """Announce each step ``prefetch`` steps ahead. All ranks run this, so their broadcasts are in the same order."""
+    def _batches(self, name: str, indices: Callable[[int], Tensor], steps: range, size: int) -> Iterator[Batch]:
+        """Announce each step, of ``size`` images, some ahead. All ranks run this: their broadcasts are in the same order."""
+        prefetch = self._card.parallel.prefetch
+        if prefetch is None:
+            prefetch = min(max(AHEAD // message_size(size, self._info.shape), LEAST), MOST)
         split = self._splits[name] if self._streams else None
         source = iter(split.batches(indices(step) for step in steps)) if split else None
-        ahead = deque(self._announce(step, source, len(indices(step))) for step in steps[: self._prefetch])
+        ahead = deque(self._announce(step, source, len(indices(step))) for step in steps[:prefetch])
         for step in steps:
-            coming = step + self._prefetch
+            coming = step + prefetch
             if coming in steps:
                 ahead.append(self._announce(coming, source, len(indices(coming))))
             message = ahead.popleft().wait()

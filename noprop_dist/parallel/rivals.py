@@ -4,8 +4,9 @@ against. Nothing else of the program uses them."""
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from datetime import timedelta
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 import torch.distributed as dist
@@ -25,6 +26,11 @@ def join(init_method: str, rank: int, ranks: int, device: torch.device, timeout:
 def data_parallel(module: nn.Module) -> nn.Module:
     """DDP at its best: gradients lie in the buckets that are sent, and every rank keeps its own batch norm statistics."""
     return DistributedDataParallel(module, gradient_as_bucket_view=True, static_graph=True, broadcast_buffers=False)
+
+
+def unsynchronised(module: nn.Module) -> AbstractContextManager[None]:
+    """In which backward passes of what :func:`data_parallel` gave send nothing."""
+    return cast(DistributedDataParallel, module).no_sync()
 
 
 def pipeline(

@@ -125,8 +125,8 @@ class World:
         self._settle_backend()
         groups = self._form_groups() if self.size > 1 else {}
         for kind in CARRIED:
-            device = self.device if kind == "batches" and self.backend == "nccl" else torch.device("cpu")
             group, timeout = groups.get(kind), self._card.timeout
+            device = self.device if kind == "batches" and group and self.backend == "nccl" else torch.device("cpu")
             self.wires[kind] = Wire(kind, self.traffic, group, self.size, device, timeout, self._explain)
 
     def close(self) -> None:
@@ -237,6 +237,8 @@ def choose_device(card: ParallelCard, local_rank: int, local_size: int) -> tuple
     gpus = torch.cuda.device_count() if card.device != "cpu" else 0
     if card.device == "cuda" and not gpus:
         raise UserError("parallel.device: cuda was asked for, but torch sees no GPU here; use cpu or auto")
+    if card.cuda_graphs and not gpus:
+        raise UserError("parallel.cuda_graphs: there is no GPU here to run them; leave it out")
     own_gpu = gpus >= local_size > 0 and dist.is_nccl_available()
     if card.backend == "nccl" and not own_gpu:
         raise UserError(

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import re
 import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
 from pathlib import Path
 from threading import Event
 from typing import Any
@@ -73,19 +76,40 @@ def test_blocks_trained_apart_in_any_order_end_in_the_bytes_of_one_run(extra, tm
     assert end_files(apart) == end_files(card)
 
 
+@dataclass
+class Nodes:
+    """A Ray cluster on this machine. ``add(cpus)`` has one more node join."""
+
+    address: str
+    add: Callable[[int], None]
+
+
 @pytest.fixture(scope="module")
-def cluster() -> Iterator[Any]:
+def cluster() -> Iterator[Nodes]:
     """A head, where the data are, that trains nothing, and two nodes with room for two workers each."""
     pytest.importorskip("ray", reason="ray is not installed; pip install 'noprop_dist[ray]'")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("RAY_AUTH_MODE", "disabled")  # before Ray is imported: a plain cluster, as ray start makes it
-        from ray.cluster_utils import Cluster
+    spawn = multiprocessing.get_context("spawn")
+    ours, theirs = spawn.Pipe()
+    process = spawn.Process(target=_nodes, args=(theirs,))
+    process.start()
+    address = ours.recv()
+    yield Nodes(address, ours.send)
+    ours.send(0)
+    process.join()
 
-        cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
-        for _ in range(2):
-            cluster.add_node(num_cpus=2)
-        yield cluster
-        cluster.shutdown()
+
+def _nodes(pipe: Connection) -> None:
+    """In a process of its own: Ray's threads stay, and forks of other tests would have to do without them."""
+    os.environ["RAY_AUTH_MODE"] = "disabled"  # before Ray is imported: a plain cluster, as ray start makes it
+    from ray.cluster_utils import Cluster
+
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
+    for _ in range(2):
+        cluster.add_node(num_cpus=2)
+    pipe.send(cluster.address)
+    while cpus := pipe.recv():
+        cluster.add_node(num_cpus=cpus)
+    cluster.shutdown()
 
 
 def fleet(card: Card, *arguments: str, address: str, folder: Path) -> subprocess.Popen[str]:
@@ -122,7 +146,7 @@ def test_workers_are_killed_and_join_late_and_the_end_is_that_of_one_rank(cluste
     until(lambda: finished() >= 3, process, log)
     os.kill(until(lambda: pid(3), process, log), signal.SIGKILL)
     os.kill(until(lambda: pid(4), process, log), signal.SIGSTOP)
-    cluster.add_node(num_cpus=1)
+    cluster.add(1)
     assert process.wait(240) == 0, log.read_text()
     assert end_files(card) == end_files(alone)
     assert "is lost; block" in log.read_text() and "worker 4 has not got on with block" in log.read_text()

@@ -66,7 +66,7 @@ def test_a_block_that_says_nan_ends_in_nan_not_in_a_traceback(solver):
 
 def test_a_velocity_too_wild_for_the_tolerance_is_told_in_one_line():
     def wild(time, z):
-        return 0 * z + torch.sin(1e12 * time) / (0.5 - time).abs().clamp(min=1e-30) ** 2
+        return 0 * z + 1 / (0.5 - time).abs().clamp(min=1e-30) ** 2
 
     with pytest.raises(UserError, match=r"^inference\.tolerance: dopri5 cannot keep to 0\.001 .* another inference\.solver$"):
         integrate(wild, torch.ones(2, 1), torch.tensor([0.0, 1.0], dtype=torch.float64), InferenceCard(solver="dopri5"))

@@ -37,10 +37,11 @@ TORCHRUN = [*PYTHON, "torch.distributed.run", "--nproc_per_node=2"]
         (["--model.backbone", "..:Net"], ("model.backbone", "..:Net")),
         (["--parallel.device", "cuda"], ("torch sees no GPU", "use cpu or auto")),
         (["--parallel.backend", "nccl"], ("nccl needs a GPU", "use gloo or auto")),
+        (["--parallel.cuda_graphs", "true"], ("parallel.cuda_graphs: there is no GPU", "leave it out")),
     ],
 )
 def test_command_lines(told, arguments, words):
-    if {"cuda", "nccl"} & set(arguments) and torch.cuda.is_available():
+    if {"cuda", "nccl", "--parallel.cuda_graphs"} & set(arguments) and torch.cuda.is_available():
         pytest.skip("there is a GPU here")
     told(words, train, *arguments)
 
