@@ -81,8 +81,14 @@ def open_folder(card: DataCard, root: Path) -> DataSet:
 
 def _open_half(path: Path, size: int) -> ImageFolder:
     resize = v2.Compose([v2.Resize(size), v2.CenterCrop(size), v2.PILToTensor()])
+
+    def decode(file: str) -> Image.Image:
+        with Image.open(file) as picture:
+            picture.draft(None, (2 * size, 2 * size))  # large JPEGs at 1/2, 1/4 or 1/8: as good, in half the time
+            return picture.convert("RGB")
+
     try:
-        return ImageFolder(path, transform=resize)
+        return ImageFolder(path, transform=resize, loader=decode)
     except FileNotFoundError as error:  # no class folder, or one without a picture: torchvision names it, at length
         what = str(error).split(". Supported")[0].rstrip(".")
         raise UserError(f"{path}: {what}; put pictures into a folder for each class, or remove empty ones") from None

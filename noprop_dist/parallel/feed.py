@@ -155,15 +155,17 @@ class Feed:
                 chosen = _carry(indices(step), labels.device)
                 yield Batch(images[chosen], labels[chosen])
 
-    def _announce(self, step: int, source: Iterator[tuple[Tensor, Tensor]] | None, batch: int) -> Pending:
+    def _announce(self, step: int, source: Iterator[tuple[Tensor, Tensor]] | None, images: int) -> Pending:
         """Tell all ranks that ``step`` comes, with its batch where batches are streamed, or that the run stops."""
-        size = message_size(batch, self._info.shape) if self._streams else HEADER
+        size = message_size(images, self._info.shape) if self._streams else HEADER
         message = torch.empty(size, dtype=torch.uint8, device=self._wire.device)
         if self._world.is_coordinator:
             if self._world.interruption.reason:
                 message[:HEADER] = pack(STOP)
             else:
-                message = pack(step, *(next(source) if source else ()))
+                with self._world.traffic.waiting(self._wire.kind):
+                    batch = next(source) if source else ()
+                message = pack(step, *batch)
         return self._wire.broadcast(_carry(message, self._wire.device), step)
 
     def _broadcast_all(self, name: str, size: int) -> Batch:

@@ -6,10 +6,11 @@ A wire is one purpose's own process group, so that messages of different purpose
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -28,12 +29,19 @@ class PeerError(RuntimeError):
 
 @dataclass
 class Traffic:
-    """Bytes that this rank has sent, by kind, and seconds that it has waited for others, by kind."""
+    """Bytes that this rank has sent, and seconds that it has waited for others or for a batch to be read, by kind."""
 
     rank: int
     sent: dict[str, int] = field(default_factory=lambda: dict.fromkeys(KINDS, 0))
     waited: dict[str, float] = field(default_factory=lambda: dict.fromkeys(KINDS, 0.0))
     trace: bool = field(default_factory=lambda: os.environ.get("NOPROP_TRACE", "") not in ("", "0"))
+
+    @contextlib.contextmanager
+    def waiting(self, kind: str) -> Iterator[None]:
+        """Count what happens inside as waiting for a message of that kind."""
+        begin = time.perf_counter()
+        yield
+        self.waited[kind] += time.perf_counter() - begin
 
     def count(self, kind: str, targets: Iterable[int], size: int, step: int) -> None:
         """Note a message of ``size`` bytes that leaves for each of ``targets``."""
@@ -108,15 +116,15 @@ class Wire:
             raise self._explain(what, peer) from error
 
         def finish(work: dist.Work) -> None:
-            begin = time.perf_counter()
+            end = time.perf_counter() + self._timeout
             try:
-                while tensor.is_cuda and not work.is_completed():  # nccl's own wait would only order streams
-                    if time.perf_counter() - begin > self._timeout:
-                        raise RuntimeError(f"timeout of {self._timeout} s")
-                    time.sleep(1e-4)
-                work.wait()
+                with self.traffic.waiting(self.kind):
+                    while tensor.is_cuda and not work.is_completed():  # nccl's own wait would only order streams
+                        if time.perf_counter() > end:
+                            raise RuntimeError(f"timeout of {self._timeout} s")
+                        time.sleep(1e-4)
+                    work.wait()
             except RuntimeError as error:
                 raise self._explain(what, peer) from error
-            self.traffic.waited[self.kind] += time.perf_counter() - begin
 
         return Pending(tensor, work, finish)

@@ -46,6 +46,16 @@ def test_facts(root):
     assert info.std == pytest.approx(pixels.std(1, correction=0).tolist(), abs=1e-6)
 
 
+def test_a_large_jpeg_is_read_as_well_as_a_whole_one(root):
+    """Pictures of cameras are decoded at a fraction of their size."""
+    x, y = np.meshgrid(np.linspace(0, 255, 640), np.linspace(0, 255, 480))
+    large = Image.fromarray(np.stack([x, y, 255 - x], axis=2).astype(np.uint8))
+    large.save(root / "train" / "cat" / "a-large.jpg", quality=95)
+    images, _ = open_data(card(root)).train.load()
+    whole = np.asarray(large.resize((10, 8)).crop((1, 0, 9, 8)), dtype=float)
+    assert np.abs(images[0].permute(1, 2, 0).numpy() - whole).max() < 8
+
+
 def test_streaming_with_two_workers_gives_what_load_gives(root):
     train = open_data(card(root, workers=2)).train
     images, labels = open_data(card(root)).train.load()

@@ -9,6 +9,7 @@ import torch
 
 from noprop_dist.config import ParallelCard
 from noprop_dist.data import DataSet, open_data, train_indices
+from noprop_dist.parallel import traffic
 from noprop_dist.parallel.feed import Feed, message_size, pack, step_of, unpack
 from noprop_dist.parallel.placement import place
 from noprop_dist.parallel.world import World
@@ -82,3 +83,25 @@ def test_unless_told_as_many_batches_travel_ahead_as_a_megabyte_holds(small_card
     next(Feed(card, info, world, DataSet(info, Split(), data.test)).train(0, 100))
     world.close()
     assert asked == [batch_size] * (ahead + 1)
+
+
+def test_time_in_which_the_coordinator_reads_a_batch_is_waiting(small_card, monkeypatch):
+    card, clock = small_card(parallel={"prefetch": 1}), [0.0]
+    data = open_data(card.data)
+    monkeypatch.setattr(traffic.time, "perf_counter", lambda: clock[0])
+
+    class Slow:
+        """A second a batch."""
+
+        def __len__(self) -> int:
+            return len(data.train)
+
+        def batches(self, indices):
+            for batch in data.train.batches(indices):
+                clock[0] += 1
+                yield batch
+
+    world = World(ParallelCard(), place([1.0], 1))
+    world.connect()
+    assert len(list(Feed(card, data.info, world, replace(data, train=Slow())).train(0, 5))) == 5
+    assert world.traffic.waited["batches"] == 5
