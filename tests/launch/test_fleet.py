@@ -92,6 +92,7 @@ def cluster() -> Iterator[Nodes]:
     ours, theirs = spawn.Pipe()
     process = spawn.Process(target=_nodes, args=(theirs,))
     process.start()
+    theirs.close()
     address = ours.recv()
     yield Nodes(address, ours.send)
     ours.send(0)
@@ -129,7 +130,7 @@ def until(true: Callable[[], Any], process: subprocess.Popen[str], log: Path) ->
 
 
 def test_workers_are_killed_and_join_late_and_the_end_is_that_of_one_rank(cluster, tmp_path):
-    card, log = small(tmp_path, parallel={"timeout": 10}), tmp_path / "fleet.log"
+    card, log = small(tmp_path, parallel={"timeout": 20}), tmp_path / "fleet.log"
     alone = card.model_copy(update={"run": card.run.model_copy(update={"name": "alone"})})
     train(alone)
     process = fleet(card, "--workers", "5", address=cluster.address, folder=tmp_path)  # one more than there is room for
