@@ -17,6 +17,7 @@ LOOPBACK = {
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # to be there before any test imports ray
     "RAY_AUTH_MODE": "disabled",
     "RAY_worker_niceness": "0",
+    "RAY_local_fs_capacity_threshold": "1",  # of a nearly full disk Ray speaks in between our lines
     "PYTHONPATH": os.pathsep.join(filter(None, [str(HOUSE), os.environ.get("PYTHONPATH")])),
 }
 os.environ |= LOOPBACK
