@@ -34,7 +34,6 @@ OWN_FILES = ("npz", "imagefolder")
 
 def add_arguments(parser: argparse.ArgumentParser, unit: str) -> None:
     """Where to run, and what each ``unit`` gets."""
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("card", nargs="?", type=Path, help="a YAML card; settings on the command line stand above it")
     parser.add_argument(
         "--address", help="a Ray cluster: auto, HOST:PORT or ray://HOST:10001; default: $RAY_ADDRESS, else one started here"

@@ -23,7 +23,7 @@ from noprop_dist.report.console import print_summary, set_up_logging
 
 def main(argv: list[str]) -> None:
     """Check the card and the cluster, train all blocks, then score the chain here and print the run's end table."""
-    parser = argparse.ArgumentParser(prog="python launch/ray_fleet.py", description=__doc__, allow_abbrev=False)
+    parser = command.Parser("launch/ray_fleet.py", __doc__)
     add_arguments(parser, "worker")
     parser.add_argument(
         "--workers", type=int, default=2, help="how many at a time, at most; one is enough to begin (default: 2)"

@@ -21,7 +21,7 @@ from noprop_dist.report.console import print_summary
 
 def main(argv: list[str]) -> None:
     """Check the card and the cluster, train, and print the run's end table."""
-    parser = argparse.ArgumentParser(prog="python launch/ray_train.py", description=__doc__, allow_abbrev=False)
+    parser = command.Parser("launch/ray_train.py", __doc__)
     add_arguments(parser, "worker")
     parser.add_argument("--workers", type=workers, default=(1, 1), metavar="N|MIN:MAX", help="how many ranks (default: 1)")
     card, arguments = read_card(parser, argv)

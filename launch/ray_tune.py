@@ -18,7 +18,6 @@ end by force or Ctrl-C, the same command goes on.
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 
 from cluster import add_arguments, joined, prepare, refuse_fleeting, require, share
@@ -30,7 +29,7 @@ from noprop_dist.config import UserError
 
 def main(argv: list[str]) -> None:
     """Check everything, search, and write and print what came of it."""
-    parser = argparse.ArgumentParser(prog="python launch/ray_tune.py", description=__doc__, allow_abbrev=False)
+    parser = command.Parser("launch/ray_tune.py", __doc__)
     add_arguments(parser, "trial")
     parser.add_argument("--search", type=Path, required=True, metavar="SPACE.yaml", help="which settings, and from where")
     parser.add_argument("--trials", type=int, default=20, help="how many cards to draw (default: 20)")

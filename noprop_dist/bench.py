@@ -85,8 +85,7 @@ def _machine(card: Card) -> dict[str, str]:
 
 
 def _read(argv: list[str]) -> tuple[Card, argparse.Namespace]:
-    parser = argparse.ArgumentParser(prog="python -m noprop_dist.bench", description=__doc__, allow_abbrev=False)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser = command.Parser("-m noprop_dist.bench", __doc__)
     parser.add_argument(
         "card", nargs="?", type=Path, help="a YAML card (default: NoProp-DT, 8 of the paper's blocks, MNIST's shape)"
     )

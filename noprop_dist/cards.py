@@ -13,7 +13,7 @@ import reprlib
 from collections.abc import Callable, Mapping, Sequence
 from functools import reduce
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import yaml
 from pydantic import ValidationError
@@ -45,7 +45,6 @@ def read_card(
     """
     own = {action.dest for action in parser._actions}
     source: CliSettingsSource[Any] = CliSettingsSource(_CommandLine, root_parser=parser, cli_parse_args=False)
-    parser.error = _refuse  # type: ignore[method-assign]
     arguments, unknown = parser.parse_known_args([_DEBUG.get(word, word) for word in argv])
     mistakes = [unknown_setting(word.split("=")[0].lstrip("-"), COMMAND_LINE) for word in unknown if word.startswith("-")]
     if not mistakes:
@@ -171,10 +170,6 @@ def setting_names() -> list[str]:
 
 
 _DEBUG = {"--debug": "--debug.enabled=true"}
-
-
-def _refuse(message: str) -> NoReturn:
-    raise UserError(f"command line: {message}; see --help")
 
 
 def _merge(layers: Layers) -> dict[str, Any]:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -18,6 +19,7 @@ from noprop_dist.nets.precision import autocast, lay_out
 from noprop_dist.seeding import generator
 
 PATHS = ("mean", "stochastic", "average")
+Watch = Callable[["Moment"], None]
 
 
 @dataclass(frozen=True)
@@ -29,6 +31,19 @@ class Scores:
     stochastic: float
     average: float
     blocks: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Moment:
+    """A block at work at inference: what it was given, and what it made of that. R rows: the mean path, stochastic chains."""
+
+    block: int
+    time: float
+    """From 0 to 1, of z; t/T for DT."""
+    z: Tensor
+    """(R, B, d)."""
+    estimate: Tensor
+    """û (R, B, d), see :meth:`~noprop_dist.method.base.Method.estimate`."""
 
 
 class Segment:
@@ -62,8 +77,13 @@ class Segment:
             return {index: block.encode(x) for index, block in self.blocks.items()}
 
     @torch.no_grad()
-    def advance(self, features: Mapping[int, Tensor], paths: Tensor, batch: int) -> tuple[Tensor, dict[int, Tensor]]:
-        """Take the paths through these blocks. Also returns the class (B,) that each block's û names on the mean path."""
+    def advance(
+        self, features: Mapping[int, Tensor], paths: Tensor, batch: int, watch: Watch | None = None
+    ) -> tuple[Tensor, dict[int, Tensor]]:
+        """Take the paths through these blocks. Also returns the class (B,) that each block's û names on the mean path.
+
+        ``watch`` is told of every call of a block; a solver may call it between its steps too.
+        """
         guesses = {}
 
         def noise(number: int) -> Tensor:
@@ -75,7 +95,11 @@ class Segment:
                 rows = features[index].repeat(len(z), 1)
                 times = None if time is None else time.expand(len(rows))
                 with autocast(self._card.train, self.device):
-                    return block.denoise(z.flatten(0, 1), rows, self._embedding, times).view_as(z)
+                    output = block.denoise(z.flatten(0, 1), rows, self._embedding, times).view_as(z)
+                if watch is not None:
+                    when = index / self._card.units if time is None else float(time)
+                    watch(Moment(index, when, z, self._chain.estimate(output.float(), z, time)))
+                return output
 
             paths, estimate = self._chain.advance(index, denoise, paths, noise, self.used, block.gamma)
             if self.guessing:
@@ -87,15 +111,18 @@ class Segment:
         return torch.randn(shape, generator=generator(self._card.run.seed, "inference", number, batch)).to(self.device)
 
 
+def logits(card: Card, labels: LabelSpace, z: Tensor) -> Tensor:
+    """Class logits (…, m) of latents (…, d), read by the head or as the nearest embedding (``inference.readout``)."""
+    readout = card.inference.readout
+    if readout == "nearest" or (readout == "auto" and card.method.name == "fm"):
+        return squared_distances(z, labels.embedding) / -2
+    return cast(Tensor, labels(z))
+
+
 @torch.no_grad()
 def read_out(card: Card, labels: LabelSpace, paths: Tensor) -> Tensor:
     """Log-probabilities (3, B, m) from finished paths, in the order of PATHS; several stochastic chains are averaged."""
-    readout = card.inference.readout
-    if readout == "nearest" or (readout == "auto" and card.method.name == "fm"):
-        logits = squared_distances(paths, labels.embedding) / -2
-    else:
-        logits = labels(paths)
-    probabilities: Tensor = logits.softmax(dim=-1)
+    probabilities = logits(card, labels, paths).softmax(dim=-1)
     return torch.stack([probabilities[0], probabilities[1:-1].mean(dim=0), probabilities[-1]]).log()
 
 

@@ -10,11 +10,24 @@ import time
 from collections.abc import Callable
 from typing import NoReturn
 
+from noprop_dist.cards import COMMAND_LINE
 from noprop_dist.config import UserError
 from noprop_dist.parallel.traffic import PeerError
 from noprop_dist.parallel.world import Stopped
 
 PREFIXES = {"": 1.0, "k": 1e3, "M": 1e6, "G": 1e9, "T": 1e12}
+
+
+class Parser(argparse.ArgumentParser):
+    """Of the command ``python {what}``: its mistakes are UserErrors, its ``help`` is the module's docstring."""
+
+    def __init__(self, what: str, help: str | None) -> None:
+        raw = argparse.RawDescriptionHelpFormatter
+        super().__init__(prog=f"python {what}", description=help, formatter_class=raw, allow_abbrev=False)
+
+    def error(self, message: str) -> NoReturn:
+        """Raises UserError."""
+        raise UserError(f"{COMMAND_LINE}: {message}; see --help")
 
 
 def run(main: Callable[[list[str]], None]) -> NoReturn:

@@ -36,8 +36,7 @@ def main(argv: list[str]) -> None:
 
 def _read(argv: list[str], number: int) -> tuple[Card, argparse.Namespace]:
     """Card ``number`` of the command line, with its settings."""
-    parser = argparse.ArgumentParser(prog="python -m noprop_dist.compare", description=__doc__, allow_abbrev=False)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser = command.Parser("-m noprop_dist.compare", __doc__)
     parser.add_argument("cards", nargs="+", type=Path, help="YAML cards")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0], help="a run of every card for each of them (default: 0)")
     parser.add_argument("--ranks", type=int, default=1, help="ranks of a run, at most; a card with fewer blocks gets fewer")

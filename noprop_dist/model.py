@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from noprop_dist import files
 from noprop_dist.cards import explain
-from noprop_dist.chain import PATHS, Scores, Segment, Tally, read_out
+from noprop_dist.chain import PATHS, Moment, Scores, Segment, Tally, logits, read_out
 from noprop_dist.config import Card, UserError
 from noprop_dist.data import DataInfo, Pixels, Split, test_indices
 from noprop_dist.method.intervals import cuts
@@ -85,6 +85,28 @@ class NoPropModel(nn.Module):
             tally.estimates(guesses, labels)
             tally.chain(read_out(card, self.labels, paths), labels)
         return tally.scores(segment.guessing)
+
+    def watch(self, images: Tensor, *, batch: int = 0, **inference: Any) -> tuple[list[Moment], Tensor]:
+        """What every block sees and answers on the way: the calls in order of time, and the final paths (see method.base).
+
+        ``images`` uint8 (B, C, H, W); the arguments are :meth:`forward`'s. Where a solver tries a step before it takes it, what
+        it tried is left out.
+        """
+        segment, moments = self._segment(self._with(inference)), list[Moment]()
+
+        def keep(moment: Moment) -> None:
+            while moments and moments[-1].time >= moment.time:
+                moments.pop()
+            moments.append(moment)
+
+        features = segment.encode(images.to(segment.device))
+        paths, _ = segment.advance(features, segment.start(len(images), batch), batch, keep)
+        return [moment for moment in moments if moment.time < 1], paths
+
+    @torch.no_grad()
+    def beliefs(self, z: Tensor) -> Tensor:
+        """The class probabilities (…, m) that latents or estimates (…, d) stand for, as the last z is read."""
+        return logits(self.card, self.labels, z).softmax(dim=-1)
 
     def save(self, folder: Path | str) -> None:
         """Write model.safetensors and config.json. Raises UserError where that fails."""

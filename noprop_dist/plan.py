@@ -31,8 +31,7 @@ DEFAULT = Card.model_validate({"data": {"name": "mnist"}, "model": {"blocks": 8}
 
 def main(argv: list[str]) -> None:
     """Calibrate on this device, and print what the model makes of it."""
-    parser = argparse.ArgumentParser(prog="python -m noprop_dist.plan", description=__doc__, allow_abbrev=False)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser = command.Parser("-m noprop_dist.plan", __doc__)
     several = "numbers of ranks (default: 1,2,4,8, as far as there are blocks)"
     link = "of a rank's link: 100Mbit, 1Gbit, 2GB, a second (default: 1Gbit)"
     kinds = "of the ranks, this device's being 1; those not named are like the last (default: 1)"

@@ -6,8 +6,6 @@ python -m noprop_dist.train --dry-run --ranks 4
 
 from __future__ import annotations
 
-import argparse
-
 from noprop_dist import command
 from noprop_dist.cards import read_card
 from noprop_dist.config import UserError
@@ -18,8 +16,7 @@ from noprop_dist.report.console import print_summary
 
 def main(argv: list[str]) -> None:
     """Read the card, then train or show what training would be."""
-    parser = argparse.ArgumentParser(prog="python -m noprop_dist.train", description=__doc__, allow_abbrev=False)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser = command.Parser("-m noprop_dist.train", __doc__)
     parser.add_argument("card", nargs="?", help="a YAML card; settings on the command line stand above it")
     parser.add_argument("--dry-run", action="store_true", help="print placement, memory and traffic; start nothing")
     parser.add_argument("--ranks", type=int, help="number of ranks of a dry run")

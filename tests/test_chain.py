@@ -10,7 +10,7 @@ import torch
 
 from noprop_dist import Card, NoPropModel, UserError, train
 from noprop_dist.chain import Segment, Tally, read_out
-from noprop_dist.data import Pixels, open_data
+from noprop_dist.data import Pixels, describe, open_data
 from noprop_dist.nets.block import Block
 
 
@@ -230,3 +230,18 @@ def test_the_probability_flow_keeps_the_noise_while_the_signal_level_rises(image
             z = z + (rising * estimate + falling * (z - signal * estimate) / noise) / 3
     expected = model.labels(z).log_softmax(dim=1).detach()
     torch.testing.assert_close(model(images).detach(), expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize(("name", "blocks", "moments"), [("dt", 4, 4), ("ct", 2, 6), ("fm", 2, 6)])
+def test_watching_shows_every_step_on_the_way_to_the_same_result(small_card, name, blocks, moments):
+    card = small_card(method={"name": name}, model={"blocks": blocks}, inference={"steps": 6} if name != "dt" else {})
+    model = NoPropModel(card, describe(card.data))
+    images = open_data(card.data).test.load()[0][:5]
+    seen, paths = model.watch(images)
+    assert len(seen) == moments
+    times = [moment.time for moment in seen]
+    assert times == sorted(set(times)) and times[0] == 0 and times[-1] < 1
+    assert [moment.block for moment in seen] == sorted(moment.block for moment in seen)
+    assert all(moment.z.shape == moment.estimate.shape == (2, 5, 10) for moment in seen)
+    assert not seen[0].z[0].any(), "the mean path starts at 0"
+    torch.testing.assert_close(model.beliefs(paths)[0], model(images).exp())

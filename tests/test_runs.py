@@ -13,11 +13,11 @@ from noprop_dist import UserError, train
 from noprop_dist.checkpoint import commit, digest
 from noprop_dist.data import open_data
 from noprop_dist.data.memory import MemorySplit
-from noprop_dist.evaluate import load
 from noprop_dist.files import pack, unpack
 from noprop_dist.learner import STEPS
 from noprop_dist.report.console import set_up_logging, size
 from noprop_dist.runs import claim_folder, evaluates, total_steps
+from noprop_dist.trained import load
 from noprop_dist.trainer import Trainer
 
 

@@ -46,6 +46,10 @@ class Chain(Protocol):
         """
         ...
 
+    def estimate(self, output: Tensor, z: Tensor, time: Tensor | None) -> Tensor:
+        """û, the estimate of u, from a block's output at (z, time); all (…, d) but the time, which broadcasts."""
+        ...
+
 
 class Method(Chain, Protocol):
     """One way to train blocks alone. Draws from torch's global generator, and holds no state."""
@@ -55,10 +59,6 @@ class Method(Chain, Protocol):
 
         ``seen`` (B, d) is what z is made from: u, but for label noise.
         """
-        ...
-
-    def estimate(self, output: Tensor, z: Tensor, time: Tensor | None) -> Tensor:
-        """û, the estimate of u, from a block's output at (z, time); all (…, d) but the time, which broadcasts."""
         ...
 
     def extra_loss(

@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from noprop_dist.method.base import Denoise, Gamma, Noise
+from noprop_dist.method.base import Denoise, Denoising, Gamma, Noise
 
 
-class EndToEnd:
+class EndToEnd(Denoising):
     """The chain of one network whose output is z_T itself: see :class:`~noprop_dist.method.base.Chain`."""
 
     def advance(

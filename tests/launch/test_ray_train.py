@@ -18,7 +18,7 @@ from ray_train import main
 
 from noprop_dist import Card, UserError, train
 from noprop_dist.data import open_data
-from noprop_dist.evaluate import load
+from noprop_dist.trained import load
 
 HOUSE = Path(__file__).parents[2]
 TRAIN = [sys.executable, str(HOUSE / "launch/ray_train.py")]

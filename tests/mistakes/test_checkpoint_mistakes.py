@@ -18,6 +18,7 @@ from noprop_dist.checkpoint import digest, own_sum
 from noprop_dist.command import answer
 from noprop_dist.config import UserError
 from noprop_dist.train import main as train
+from noprop_dist.trained import load
 
 SETTINGS = "--data.name npz --data.root a.npz --data.batch_size 8 --model.blocks 2 --train.steps 2 --train.checkpoint_every 1"
 RUN = Path("runs/mine")
@@ -246,4 +247,4 @@ def test_a_comparison_with_something_in_its_way(told, here):
 def test_from_python_too_it_is_an_error_that_says_so(here):
     CONFIG.write_text("{}")
     with pytest.raises(UserError, match=r"config\.json: not a model's config"):
-        evaluate.load(RUN)
+        load(RUN)

@@ -113,7 +113,7 @@ def run(*command: str, cwd: Path, expect: int) -> str:
     ("command", "message"),
     [
         ("train --modle.blocks 3", "command line: unknown setting modle.blocks; did you mean model.blocks?"),
-        ("evaluate nowhere", "nowhere: no such folder; name a run's folder or its model's"),
+        ("evaluate nowhere", "nowhere: no such folder; name a run's folder, its model's, or one of digits, mnist"),
         ("compare missing.yaml", "missing.yaml: cannot read this card (No such file or directory); name a YAML file"),
     ],
 )

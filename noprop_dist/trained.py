@@ -1,0 +1,85 @@
+"""What has been trained: a run, a checkpoint, a gathered model, or one that comes with the program."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor
+
+from noprop_dist.checkpoint import LABELS, MANIFEST, block_file, newest_whole, read_manifest
+from noprop_dist.config import UserError
+from noprop_dist.data import DataSet, open_data
+from noprop_dist.files import read, unpack
+from noprop_dist.learner import inference_state
+from noprop_dist.model import CONFIG, NoPropModel
+from noprop_dist.runs import RunFolder, trained_as
+
+SHIPPED = Path(__file__).parent / "models"
+"""Folder of the models that come with the program."""
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A model, and where it was found. ``run``: its run, where there is one."""
+
+    model: NoPropModel
+    place: Path
+    run: RunFolder | None
+
+
+def load(name: str | Path) -> NoPropModel:
+    """The model that ``name`` means, see :func:`find`."""
+    return find(name).model
+
+
+def find(name: str | Path) -> Trained:
+    """The model of a run's, a model's or a checkpoint's folder, else that of a shipped model's name.
+
+    Raises UserError where there is none, or it is damaged.
+    """
+    folder = Path(name)
+    if not folder.exists() and (SHIPPED / name).is_dir():
+        folder = SHIPPED / name
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such folder; name a run's folder, its model's, or one of {', '.join(shipped())}")
+    run = RunFolder(folder)
+    for place, home in ((folder, RunFolder(folder.absolute().parent)), (run.model, run)):
+        if (place / CONFIG).exists():
+            return Trained(NoPropModel.from_pretrained(place), place, home if home.card.exists() else None)
+    newest, refused = (folder, []) if (folder / MANIFEST).exists() else newest_whole(run.checkpoints)
+    if newest is None:
+        reason = refused[0] if refused else "neither a model nor a checkpoint here; name a run's folder or its model's"
+        raise UserError(f"{folder}: {reason}")
+    manifest = read_manifest(newest)
+    card, info = trained_as(newest, manifest)
+    blocks = {index: _state(newest / block_file(index)) for index in range(card.units)}
+    home = RunFolder(newest.absolute().parents[1])
+    try:
+        model = NoPropModel.from_parts(card, info, blocks, _state(newest / LABELS))
+    except UserError as error:
+        raise UserError(f"{newest}: {error}") from None
+    return Trained(model, newest, home if home.card.exists() else None)
+
+
+def shipped() -> list[str]:
+    """The names of the models that come with the program."""
+    return sorted(folder.name for folder in SHIPPED.iterdir() if (folder / CONFIG).exists()) if SHIPPED.is_dir() else []
+
+
+def open_its_data(model: NoPropModel, root: Path | None = None) -> DataSet:
+    """The data that a model was trained on; ``root``: where they lie now, if elsewhere.
+
+    Raises UserError where its images are not such as the model has been trained on.
+    """
+    card = model.card.data if root is None else model.card.data.model_copy(update={"root": root})
+    data = open_data(card)
+    for name in ("shape", "classes"):
+        there, here = getattr(model.info, name), getattr(data.info, name)
+        if there != here:
+            raise UserError(f"data.root: {name} {here}, but this model knows {there}; name its own data with --data.root")
+    return data
+
+
+def _state(path: Path) -> dict[str, Tensor]:
+    return inference_state(unpack(read(path), path))
