@@ -24,7 +24,7 @@ from noprop_dist.cards import read_card
 from noprop_dist.config import Card, UserError
 from noprop_dist.data import open_data
 from noprop_dist.files import check_ways, write
-from noprop_dist.report.scoreboard import draw, markdown, show
+from noprop_dist.report.scoreboard import draw_result, markdown, show
 
 FILES = ("bench.json", "bench.md", "bench.png")
 IN_SWEEPS = ("NoProp, 1 rank", OURS, "backprop, 1 rank", "DDP backprop", "1F1B backprop")
@@ -56,7 +56,7 @@ def main(argv: list[str]) -> None:
         """What there is so far."""
         write(out / "bench.json", json.dumps(result, indent=1).encode())
         write(out / "bench.md", markdown(result).encode())
-        draw(result, out / "bench.png")
+        draw_result(result, out / "bench.png")
 
     result = measured(card, arguments, arguments.only) | {"machine": _machine(card)}
     keep()

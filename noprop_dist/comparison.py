@@ -21,7 +21,7 @@ from noprop_dist.files import check_ways, read_json, write
 from noprop_dist.launcher import check_baseline, resolve
 from noprop_dist.model import CONFIG
 from noprop_dist.parallel.placement import place
-from noprop_dist.report.curves import draw
+from noprop_dist.report.curves import draw_curves
 from noprop_dist.report.standings import markdown, show
 from noprop_dist.runs import FREE, RunFolder, differences, total_steps
 
@@ -118,7 +118,7 @@ def compare(runs: Sequence[Run], out: Path) -> bool:
     entries = [_entry([run for run in runs if run.label == label], errors) for label in labels]
     write(out / "table.json", json.dumps(entries, indent=1).encode())
     write(out / "table.md", markdown(entries).encode())
-    draw(entries, out / "curves.png")
+    draw_curves(entries, out / "curves.png")
     show(entries)
     for name in TABLES:
         print(out / name)

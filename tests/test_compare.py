@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import yaml
 
-from noprop_dist.report.curves import draw
+from noprop_dist.report.curves import draw_curves
 
 COMPARE = [sys.executable, "-m", "noprop_dist.compare"]
 QUICK = ["--train.steps", "6", "--train.eval_every", "2", "--data.batch_size", "32", "--parallel.threads", "1"]
@@ -115,7 +115,7 @@ def test_the_picture_has_a_line_a_card_against_epochs_and_against_seconds(tmp_pa
     )
     drawn: list[Figure] = []
     monkeypatch.setattr(Figure, "savefig", lambda self, *args, **settings: drawn.append(self))
-    draw([first, entry("b", "stochastic", [(10, 8, 0.5, 0.4)]), entry("failed", "mean")], tmp_path / "curves.png")
+    draw_curves([first, entry("b", "stochastic", [(10, 8, 0.5, 0.4)]), entry("failed", "mean")], tmp_path / "curves.png")
     (figure,) = drawn
     by_epoch, by_seconds = figure.axes
     assert (by_epoch.get_xlabel(), by_seconds.get_xlabel(), by_epoch.get_ylabel()) == (

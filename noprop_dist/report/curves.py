@@ -2,27 +2,23 @@
 
 from __future__ import annotations
 
-import io
 import statistics
 from collections.abc import Mapping, Sequence
 from itertools import product
 from pathlib import Path
 from typing import Any
 
-from noprop_dist.files import write
+from noprop_dist.report.drawing import COLOURS, draw, save
 
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-"""Okabe and Ito's, which colour-blind readers tell apart."""
 STYLES = [(colour, dashes) for dashes, colour in product(("-", "--", ":", "-."), COLOURS)]
 
 
-def draw(entries: Sequence[Mapping[str, Any]], path: Path) -> None:
+def draw_curves(entries: Sequence[Mapping[str, Any]], path: Path) -> None:
     """Write a PNG: a line per card (an entry of table.json), the mean of its seeds; a band from the lowest to the highest."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg  # here, for it takes a second to import
-    from matplotlib.figure import Figure
+    save(draw(10, 4.2, lambda figure: _paint(figure, entries)), path)
 
-    figure = Figure(figsize=(10, 4.2), dpi=150, layout="constrained")
-    FigureCanvasAgg(figure)
+
+def _paint(figure: Any, entries: Sequence[Mapping[str, Any]]) -> None:
     axes = figure.subplots(1, 2, sharey=True)
     lowest = []
     for entry, (colour, dashes) in zip(entries, STYLES * len(entries), strict=False):
@@ -48,17 +44,12 @@ def draw(entries: Sequence[Mapping[str, Any]], path: Path) -> None:
     for ax, title in zip(axes, ("epochs", "seconds of training"), strict=True):
         ax.set_xlabel(title)
         ax.set_xlim(left=0)
-        ax.grid(color="0.9")
-        ax.spines[["top", "right"]].set_visible(False)
     axes[0].set_ylabel("test accuracy, %")
     if lowest:  # the first evaluations of a slow start would squeeze all that matters into a corner
-        top = axes[0].get_ylim()[1]
+        top = min(axes[0].get_ylim()[1], 100.2)
         axes[0].set_ylim(max(axes[0].get_ylim()[0], min(lowest) - (top - min(lowest)) / 2), top)
         handles, labels = axes[0].get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside lower center", ncols=min(4, len(labels)), frameon=False)
-    image = io.BytesIO()
-    figure.savefig(image, format="png")
-    write(path, image.getvalue())
+        figure.legend(handles, labels, loc="outside lower center", ncols=min(4, len(labels)))
 
 
 def _points(entry: Mapping[str, Any]) -> list[dict[str, float]]:

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
-from noprop_dist.files import write
 from noprop_dist.report.console import make_table, size
-from noprop_dist.report.curves import COLOURS
+from noprop_dist.report.drawing import COLOURS, draw, save
 
 Figures = Mapping[str, Any]
 
@@ -111,26 +109,21 @@ def show(result: Figures) -> None:
         print(note)
 
 
-def draw(result: Figures, path: Path) -> None:
+def draw_result(result: Figures, path: Path) -> None:
     """Write a PNG: samples/s with their range and the limit, memory a rank, and of a race the way to the accuracy."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg  # here, for it takes a second to import
-    from matplotlib.figure import Figure
-
     panels = [
         _draw_speed,
         _draw_memory,
         *([_draw_race] if result.get("race") else []),
         *([_draw_sweep] if result.get("sweep") else []),
     ]
-    figure = Figure(figsize=(4.4 * len(panels), 4.4), dpi=150, layout="constrained")
-    FigureCanvasAgg(figure)
-    for panel, ax in zip(panels, figure.subplots(1, len(panels)), strict=True):
-        panel(ax, result)
-        ax.spines[["top", "right"]].set_visible(False)
-        ax.tick_params(labelsize=7)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png")
-    write(path, buffer.getvalue())
+
+    def paint(figure: Any) -> None:
+        for panel, ax in zip(panels, figure.subplots(1, len(panels)), strict=True):
+            panel(ax, result)
+            ax.tick_params(labelsize=7)
+
+    save(draw(4.4 * len(panels), 4.4, paint), path)
 
 
 def _draw_speed(ax: Any, result: Figures) -> None:
