@@ -15,7 +15,7 @@ demo: .venv/installed
 	$(BIN)/torchrun --nproc_per_node=$(RANKS) -m noprop_dist.train $(ARGS)
 
 test: .venv/installed
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadgroup --no-loadscope-reorder $(ARGS)
 
 lint: .venv/installed
 	$(BIN)/ruff check .

@@ -17,6 +17,17 @@ from noprop_dist.launcher import train
 noprop_dist.train = train  # the command's module, once imported, stands in the function's place
 
 
+LAUNCH = Path(__file__).parent / "launch"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """For ``--dist loadgroup``: a file's tests share its fixtures, so they stay together; those that start clusters, which take
+    longest, come first, and not two at once."""
+    items.sort(key=lambda item: LAUNCH not in item.path.parents)
+    for item in items:
+        item.add_marker(pytest.mark.xdist_group("launch" if LAUNCH in item.path.parents else str(item.path)))
+
+
 @pytest.fixture
 def small_card(tmp_path: Path) -> Callable[..., Card]:
     """``small_card(section={...}, ...)``: a few steps of four small blocks on digits, with dropout and augmentation on."""
