@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import functools
 import os
+import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from noprop_dist import Card, train
 
@@ -55,9 +57,14 @@ def undisturbed() -> dict[str, bytes]:
         return block_files(Path(folder) / "whole")
 
 
-def wait_until(happened: Callable[[], object], what: str, seconds: float = 600) -> None:
-    """Watch for something. Raises AssertionError if it does not come."""
+def wait_until(
+    happened: Callable[[], Any], what: str | Path, seconds: float = 600, process: subprocess.Popen[str] | None = None
+) -> Any:
+    """Watch for something, and return it. Raises AssertionError if it does not come, or once ``process`` has ended: with
+    ``what``, or with what that file says."""
     end = time.monotonic() + seconds
-    while not happened():
-        assert time.monotonic() < end, f"waited in vain: {what}"
+    while not (found := happened()):
+        if time.monotonic() > end or (process and process.poll() is not None):
+            raise AssertionError(f"waited in vain: {what.read_text() if isinstance(what, Path) else what}")
         time.sleep(0.02)
+    return found

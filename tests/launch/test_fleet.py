@@ -13,10 +13,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
-from threading import Event
 from typing import Any
 
 import pytest
+from clusters import wait_until
 
 from noprop_dist import Card, checkpoint, train
 from noprop_dist.cards import dump_card
@@ -121,14 +121,6 @@ def fleet(card: Card, *arguments: str, address: str, folder: Path) -> subprocess
         return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, text=True)
 
 
-def until(true: Callable[[], Any], process: subprocess.Popen[str], log: Path) -> Any:
-    """Wait for it, while the process lives."""
-    while not (found := true()):
-        assert process.poll() is None, log.read_text()
-        Event().wait(0.05)
-    return found
-
-
 def test_workers_are_killed_and_join_late_and_the_end_is_that_of_one_rank(cluster, tmp_path):
     card, log = small(tmp_path, parallel={"timeout": 20}), tmp_path / "fleet.log"
     alone = card.model_copy(update={"run": card.run.model_copy(update={"name": "alone"})})
@@ -143,10 +135,10 @@ def test_workers_are_killed_and_join_late_and_the_end_is_that_of_one_rank(cluste
         found = re.search(rf"worker {worker} joins: pid (\d+)", log.read_text())
         return int(found[1]) if found else 0
 
-    os.kill(until(lambda: pid(1), process, log), signal.SIGKILL)
-    until(lambda: finished() >= 3, process, log)
-    os.kill(until(lambda: pid(3), process, log), signal.SIGKILL)
-    os.kill(until(lambda: pid(4), process, log), signal.SIGSTOP)
+    os.kill(wait_until(lambda: pid(1), log, process=process), signal.SIGKILL)
+    wait_until(lambda: finished() >= 3, log, process=process)
+    os.kill(wait_until(lambda: pid(3), log, process=process), signal.SIGKILL)
+    os.kill(wait_until(lambda: pid(4), log, process=process), signal.SIGSTOP)
     cluster.add(1)
     assert process.wait(240) == 0, log.read_text()
     assert end_files(card) == end_files(alone)
@@ -159,7 +151,7 @@ def test_workers_are_killed_and_join_late_and_the_end_is_that_of_one_rank(cluste
 def test_a_signal_saves_every_block_and_one_rank_can_take_over(cluster, tmp_path):
     card, log = small(tmp_path, train={"steps": 200, "checkpoint_every": 100}), tmp_path / "fleet.log"
     process = fleet(card, "--workers", "2", address=cluster.address, folder=tmp_path)
-    until(lambda: "joins" in log.read_text(), process, log)
+    wait_until(lambda: "joins" in log.read_text(), log, process=process)
     process.send_signal(signal.SIGTERM)
     assert process.wait(120) == 0, log.read_text()
     assert "stopped by SIGTERM: every block is saved in" in log.read_text()

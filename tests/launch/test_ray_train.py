@@ -8,11 +8,11 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from clusters import wait_until
 from processes import descendants, kill, left_of, listening
 from ray_train import main
 
@@ -59,13 +59,6 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], dic
     return run
 
 
-def until(reached: Callable[[], object], process: subprocess.Popen[str], log: Path) -> None:
-    deadline = time.monotonic() + 240
-    while not reached():
-        assert process.poll() is None and time.monotonic() < deadline, log.read_text()
-        time.sleep(0.02)
-
-
 def start(*words: str, log: Path) -> subprocess.Popen[str]:
     with open(log, "w") as file:
         return subprocess.Popen([*TRAIN, *words], cwd=log.parent, stdout=file, stderr=subprocess.STDOUT, text=True)
@@ -110,12 +103,12 @@ def test_killed_workers_and_a_lost_disk_cost_nothing_but_time(cluster, tmp_path,
         return max(re.findall(r"step-\d+", snapshot.read_text()), default="") if snapshot.exists() else ""
 
     process = start("--address", cluster.address, "--workers", "1:2", *arguments(steps), log=log)
-    until(newest, process, log)
+    wait_until(newest, log, process=process)
     kill(workers()[-1:])
     first = newest()
-    until(lambda: newest() > first and "resumes" in log.read_text(), process, log)
+    wait_until(lambda: newest() > first and "resumes" in log.read_text(), log, process=process)
     second = newest()
-    until(lambda: known() > second, process, log)
+    wait_until(lambda: known() > second, log, process=process)
     kill(workers())
     shutil.rmtree(run)
     assert process.wait(400) == 0, log.read_text()
@@ -149,7 +142,7 @@ def test_a_cluster_without_room_is_named_instead_of_waited_for(cluster, tmp_path
 def test_rays_own_cluster_stays_on_loopback_and_a_signal_saves_and_ends_it(tmp_path):
     log = tmp_path / "log"
     process = start("--run.stop_exit_code", "143", *arguments(100_000), "--model.blocks", "1", log=log)
-    until(lambda: any(tmp_path.glob("runs/mine/checkpoints/step-*/manifest.json")), process, log)
+    wait_until(lambda: any(tmp_path.glob("runs/mine/checkpoints/step-*/manifest.json")), log, process=process)
     ours = [process.pid, *descendants(process.pid)]
     addresses = listening(ours)
     assert len(addresses) > 5 and all(address.is_loopback for address in addresses), addresses
