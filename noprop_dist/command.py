@@ -62,6 +62,13 @@ def answer(main: Callable[[list[str]], None], argv: list[str]) -> int:
     return 0
 
 
+def positive(text: str) -> int:
+    """An integer from 1 on, for argparse."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number from 1 on")
+    return int(text)
+
+
 def bandwidth(text: str) -> float:
     """Bytes a second of ``100Mbit``, ``1Gbit`` or ``2GB``, for argparse."""
     if not (found := re.fullmatch(r"([0-9.]+) ?([kMGT]?)(bit|B)(/s|ps)?", text)) or not float(found[1]) > 0:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from noprop_dist import files
 from noprop_dist.cards import explain
 from noprop_dist.chain import PATHS, Moment, Scores, Segment, Tally, logits, read_out
-from noprop_dist.config import Card, UserError
+from noprop_dist.config import LOCAL_METHODS, Card, UserError
 from noprop_dist.data import DataInfo, Pixels, Split, test_indices
 from noprop_dist.method.intervals import cuts
 from noprop_dist.nets.block import Block
@@ -107,6 +107,19 @@ class NoPropModel(nn.Module):
     def beliefs(self, z: Tensor) -> Tensor:
         """The class probabilities (…, m) that latents or estimates (…, d) stand for, as the last z is read."""
         return logits(self.card, self.labels, z).softmax(dim=-1)
+
+    def course(self, images: Tensor, most: int = 1000, **inference: Any) -> tuple[Tensor, list[str]]:
+        """What each step of the mean path believes: probabilities (B, K, m), the final answer last, and the steps' names.
+
+        ``images`` uint8 (B, C, H, W). A step is a block of DT, or a solver's step of CT and FM, evenly chosen where there are
+        more than ``most``. A baseline has the answer alone.
+        """
+        moments, paths = self.watch(images, **inference)
+        local = self.card.method.name in LOCAL_METHODS
+        chosen = moments[:: -(-len(moments) // most)] if local else []
+        beliefs = [self.beliefs(moment.estimate[0]) for moment in chosen]
+        names = [f"û{moment.block + 1}" if self.card.method.name == "dt" else f"{moment.time:.2f}" for moment in chosen]
+        return torch.stack([*beliefs, self.beliefs(paths[0])], dim=1).cpu(), [*names, "end"]
 
     def save(self, folder: Path | str) -> None:
         """Write model.safetensors and config.json. Raises UserError where that fails."""
