@@ -26,7 +26,8 @@ from noprop_dist.parallel.placement import place
 from noprop_dist.parallel.traffic import PeerError
 from noprop_dist.parallel.world import World, set_threads
 from noprop_dist.report.board import Board
-from noprop_dist.report.console import Bar, log
+from noprop_dist.report.console import log
+from noprop_dist.report.screen import Screen
 from noprop_dist.runs import total_steps
 from noprop_dist.saving import keep_block, kept_block
 from noprop_dist.units import LabelSpaceAlone, Report
@@ -89,11 +90,11 @@ class Fleet:
         log.info("fleet %s: %d blocks, %d steps each, at most %d workers", self._folder.path, self._card.units, self._total,
                  self._workers)  # fmt: skip
         interruption, stopping = Interruption(), False
-        board, bar = (
+        board, screen = (
             Board(self._folder.tensorboard, min(self._steps.values())),
-            Bar(0, self._done, self._total * len(self._steps)),
+            Screen(self._done, self._total * len(self._steps)),
         )
-        with interruption.listening():
+        with interruption.listening(), screen:
             while self._done < self._total * len(self._steps):
                 if interruption.reason and not stopping:
                     stopping = True
@@ -109,8 +110,7 @@ class Fleet:
                 self._watch()
                 for reference in ready:
                     fed += self._take_back(reference, board)
-                    bar.update(self._done, f"{self._done} of {self._total * len(self._steps)} steps of blocks")
-        bar.close()
+                    screen.update(self._done)
         board.close()
         if stopping:
             log.info("stopped by %s: every block is saved in %s; to go on, start it again with --run.name %s",

@@ -1,13 +1,13 @@
-"""What a run measures: scalars from every rank to the coordinator, its TensorBoard and bar, and the summary at the end."""
+"""What a run measures, kept and shown: TensorBoard, history, the live screen, and the summary at the end."""
 
 from __future__ import annotations
 
-import contextlib
 import math
 import resource
+import socket
 import sys
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -19,23 +19,24 @@ from noprop_dist.config import Card
 from noprop_dist.data import DataInfo
 from noprop_dist.history import History
 from noprop_dist.learner import learning_rate
+from noprop_dist.meter import PARTS, ROWS, SKIPS, Load, Meter
 from noprop_dist.parallel.placement import Placement
 from noprop_dist.parallel.scalars import Rows, gather_rows
-from noprop_dist.parallel.traffic import KINDS
+from noprop_dist.parallel.traffic import KINDS, PeerError
 from noprop_dist.parallel.world import World
 from noprop_dist.report.board import Board
-from noprop_dist.report.console import Bar, log
+from noprop_dist.report.console import log
+from noprop_dist.report.lanes import Lane, span
+from noprop_dist.report.screen import Screen, beside
 from noprop_dist.runs import RunFolder, evaluates
 
-PARTS = ("loss", "train accuracy", "gradient norm")
-SKIPS = ("skipped updates", "in a row")
-ROWS = len(PARTS) + len(SKIPS)
-FED = ("batches", "labels")
-"""Kinds of messages that training itself needs; the coordinator sends them all."""
+DELAY = 10
+"""Steps after which scalars are shown, or with the next ones: by then all ranks have sent them, so hardly anyone waits."""
 
 
 class RunLog:
-    """Gathers a run's figures, from ``world.step`` on. All ranks have one; the coordinator's shows and keeps them.
+    """Gathers a run's figures, from ``world.step`` on. All ranks have one; the coordinator's shows and keeps them. To be
+    entered, so that the screen is left as it should be.
 
     Args:
         total: length of the run in steps.
@@ -58,31 +59,39 @@ class RunLog:
         self._start, self._total = world.step, total
         self._board = Board(folder.tensorboard, self._start) if world.is_coordinator else None
         self._history = History(folder.history, self._start, checkpoint) if world.is_coordinator else None
-        self._bar = Bar(world.rank, self._start, total)
-        self._first = placement.ranges[world.rank].start
-        owned = len(placement.ranges[world.rank])
-        self._sums = torch.zeros(len(PARTS), owned, dtype=torch.float64, device=world.device)
-        self._cells = [row.unbind() for row in self._sums]  # views: making them takes longer than adding
-        self._added = [0] * owned  # steps that each block did
-        self._skips = skips
-        self._counted = 0
-        self._running = self._waiting = self._before = 0.0  # seconds of training, of waiting in them, and up to the last log
-        self._fed = 0  # bytes that training took
-        self._under_way: tuple[int, dict[str, float], Rows] | None = None
+        self._meter = Meter(world, placement, skips[:-1])
+        self._label_skips = skips[-1]
+        self._under_way: tuple[int, int, dict[str, float], Rows] | None = None
         self._figures = torch.zeros(ROWS, card.units, dtype=torch.float64)  # of the last log interval, all blocks'
-        self._figures[0] = torch.nan
+        self._figures[:2] = torch.nan
         self._told: dict[str, float] = {}
         self._mourned: set[str] = set()
+        self._screen: Screen | None = None
+        self._stack = ExitStack()
 
-    @contextlib.contextmanager
-    def training(self) -> Iterator[None]:
-        """Count what happens inside as training time (evaluation and saving are left out)."""
-        traffic = self._world.traffic
-        begin, waited, fed = time.perf_counter(), sum(traffic.waited.values()), sum(traffic.sent[kind] for kind in FED)
-        yield
-        self._running += time.perf_counter() - begin
-        self._waiting += sum(traffic.waited.values()) - waited
-        self._fed += sum(traffic.sent[kind] for kind in FED) - fed
+    def __enter__(self) -> RunLog:
+        """Put a live board on the coordinator's terminal; other ranks that write there keep clear of it."""
+        world = self._world
+        places = world.exchange("place", [socket.gethostname(), str(world.device)])
+        names = [f"{host} {device}" if len({host for host, _ in places}) > 1 else device for host, device in places]
+        self._devices = names if len(set(names)) > 1 else [""] * world.size
+        if world.is_coordinator:
+            lanes = self._lanes([Load(math.nan, math.nan, math.nan)] * world.size)
+            self._screen = self._stack.enter_context(Screen(self._start, self._total, lanes, lambda: world.traffic.spans.now))
+        place = world.publish("board", lambda: self._screen.place if self._screen else None)
+        if not world.is_coordinator:
+            self._stack.enter_context(beside(place, PeerError))
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *about: Any) -> None:
+        """Leave the screen as it is, close the event file."""
+        self._stack.__exit__(kind, *about)
+        if self._board:
+            self._board.close()
+
+    def training(self) -> AbstractContextManager[None]:
+        """See :meth:`Meter.training`."""
+        return self._meter.training()
 
     def pause(self) -> None:
         """Before evaluation or saving: let the device finish the training under way, and note how long it has taken."""
@@ -92,16 +101,12 @@ class RunLog:
         self._note()
 
     def add(self, indices: Sequence[int], losses: Tensor, hits: Tensor) -> None:
-        """Of n blocks on one batch the losses (n,) and the hits (n, B) of their û. Does not synchronise with the device."""
-        rows = [index - self._first for index in indices]
-        sums = [self._cells[part][row] for part in (0, 1) for row in rows]
-        torch._foreach_add_(sums, [*losses, *hits.float().mean(dim=1)])
-        for row in rows:
-            self._added[row] += 1
+        """See :meth:`Meter.add`."""
+        self._meter.add(indices, losses, hits)
 
     def debug(self, index: int, norm: float, tensors: Mapping[str, Tensor]) -> None:
         """With --debug: a block's gradient norm, and on the first step the shapes of what it computed."""
-        self._sums[2, index - self._first] += norm
+        self._meter.add_norm(index, norm)
         if self._world.step == self._start:
             shapes = ", ".join(f"{name} {tuple(tensor.shape)} {tensor.dtype}" for name, tensor in tensors.items())
             log.info("block %d: %s", index, shapes)
@@ -117,37 +122,37 @@ class RunLog:
         return bool(self._world.publish("evaluation", missing))
 
     def step(self, done: int, spread: Callable[[], float]) -> None:
-        """``done`` steps are complete. Now and then, send this rank's means off and show those sent the time before.
+        """``done`` steps are complete. Now and then, send this rank's means off, and show those sent before.
 
         ``spread`` gives the smallest distance between two class embeddings.
         """
-        self._counted += 1
-        self._bar.update(done)
+        self._meter.steps += 1
+        if self._screen:
+            self._screen.update(done)
+        if self._under_way and done - self._under_way[0] == DELAY:
+            with self.training():
+                self.flush()
         if done % self._card.train.log_every == 0 or done == self._total:
             with self.training():
                 self.flush()
-                mine = self._rows()  # waits for the device
-            lengths = [ROWS * len(owned) for owned in self._placement.ranges]
+                row = self._meter.row()
             now = {
                 "learning rate": learning_rate(self._card.optim, done - 1, self._total),
-                "samples per second": self._counted * self._card.data.batch_size / max(self._running - self._before, 1e-9),
-                "busy share of rank 0": self._busy,
+                "samples per second": self._meter.rate * self._card.data.batch_size,
             }
             if self._card.model.embedding != "one-hot":
                 now["smallest distance between embeddings"] = spread()
             now |= {f"bytes sent by rank 0/{kind}": count for kind, count in self._world.traffic.sent.items()}
-            self._under_way = done, now, gather_rows(self._world, mine, lengths)
-            self._before = self._running
-            self._sums.zero_()
-            self._added = [0] * len(self._added)
-            self._counted = 0
+            steps = self._meter.steps
+            self._under_way = done, steps, now, self._meter.send(row)
 
     def scores(self, scores: Scores) -> None:
         """Show an evaluation."""
         step = self._world.step
         chain = "  ".join(f"{path} {getattr(scores, path):.2%}" for path in PATHS)
-        blocks = f"  û {min(scores.blocks):.2%}-{max(scores.blocks):.2%}" if scores.blocks else ""
-        self._bar.say(f"step {step}/{self._total}  test: {chain}{blocks}")
+        blocks = f"  û {span(scores.blocks, '.2%')}" if scores.blocks else ""
+        if self._screen:
+            self._screen.judge(step, f"{chain}{blocks}")
         if self._board:
             values = {f"test accuracy/{path}": getattr(scores, path) for path in PATHS}
             values |= {_tag(index, "test accuracy"): value for index, value in enumerate(scores.blocks)}
@@ -161,7 +166,7 @@ class RunLog:
         world, card = self._world, self._card
         samples = (world.step - self._start) * card.data.batch_size
         traffic = world.traffic
-        own = [samples / self._running if samples else 0.0, peak_memory(world.device), self._busy]
+        own = [samples / self._meter.running if samples else 0.0, peak_memory(world.device), self._meter.busy]
         counts = len(own) + len(KINDS)
         # this very row is on its way too
         traffic_after = dict(traffic.sent)
@@ -221,20 +226,10 @@ class RunLog:
             figures["loss"] = loss
         return figures
 
-    def close(self) -> None:
-        """Stop the bar, close the event file."""
-        self._bar.close()
-        if self._board:
-            self._board.close()
-
-    @property
-    def _busy(self) -> float:
-        return 1 - self._waiting / self._running if self._running else 1.0
-
     @property
     def _so_far(self) -> dict[str, float]:
         """Training over all starts, on the coordinator."""
-        here = {"seconds": self._running, "steps": self._world.step - self._start, "bytes": self._fed}
+        here = {"seconds": self._meter.running, "steps": self._world.step - self._start, "bytes": self._meter.fed}
         return {name: value + (self._history.before[name] if self._history else 0) for name, value in here.items()}
 
     def _note(self, **figures: float) -> None:
@@ -243,34 +238,47 @@ class RunLog:
             self._history.note(self._world.step, epoch=epoch, **self._so_far, **figures)
 
     def flush(self) -> None:
-        """Show the scalars under way. They were sent long ago, so hardly anyone waits."""
+        """Show the scalars under way. They were sent some steps ago, see DELAY."""
         if self._under_way is None:
             return
-        done, values, rows = self._under_way
+        done, steps, values, rows = self._under_way
         self._under_way = None
-        figures = [row.view(ROWS, -1) for row in rows.wait()]
+        arrived = rows.wait()
         if self._board is None:
             return
-        self._figures = torch.cat(figures, dim=1)
+        self._figures, loads = self._meter.read(arrived, steps)
         debug = self._card.debug.enabled
         for part, row in zip((*PARTS, *SKIPS), self._figures.tolist(), strict=True):
             if part in PARTS[:2] or (part == "gradient norm" and debug) or (part == SKIPS[0] and any(row)):
                 values |= {_tag(index, part): value for index, value in enumerate(row)}
+        values |= {f"busy share of rank {rank}": load.busy for rank, load in enumerate(loads)}
         self._board.scalars(done, values)
-        loss, hits = self._figures[:2].nanmean(dim=1).tolist()
-        self._bar.update(done, f"loss {loss:.4g}  û {hits:.1%}  {values['samples per second']:,.0f}/s")
-        if debug:
-            self._bar.say(f"step {done}: gradient norms {' '.join(f'{norm:.3g}' for norm in self._figures[2].tolist())}")
+        if self._screen:
+            self._screen.show(done, self._lanes(loads), values["samples per second"])
+        if debug and self._screen:
+            self._screen.say(f"step {done}: gradient norms {' '.join(f'{norm:.3g}' for norm in self._figures[2].tolist())}")
         self._tell_of_skips(done)
 
-    def _rows(self) -> Tensor:
-        """This rank's part of a log line: ROWS figures for each of its blocks."""
-        skips = torch.stack(self._skips[:-1], dim=1).cpu()
-        return torch.cat([self._sums.cpu() / torch.tensor(self._added), skips]).flatten()
+    def _lanes(self, loads: Sequence[Load]) -> list[Lane]:
+        losses, hits = self._figures[:2].tolist()
+        ranks = zip(self._placement.ranges, loads, self._devices, strict=True)
+        return [
+            Lane(
+                rank,
+                owned,
+                losses[owned.start : owned.stop],
+                hits[owned.start : owned.stop],
+                load.busy,
+                load.sent,
+                load.per_step,
+                device,
+            )
+            for rank, (owned, load, device) in enumerate(ranks)
+        ]
 
     def _tell_of_skips(self, done: int) -> None:
         names = {f"block {index}": figures for index, figures in enumerate(self._figures[len(PARTS) :].T.tolist())}
-        for name, (skipped, in_a_row) in (names | {"the label space": self._skips[-1].tolist()}).items():
+        for name, (skipped, in_a_row) in (names | {"the label space": self._label_skips.tolist()}).items():
             if skipped <= self._told.get(name, 0) or name in self._mourned:
                 continue
             self._told[name] = skipped

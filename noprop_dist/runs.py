@@ -81,10 +81,15 @@ class RunFolder:
         """The end table as JSON."""
         return self.path / "summary.json"
 
+    @property
+    def trace(self) -> Path:
+        """What every rank did when, since this start: for Perfetto, and for a picture."""
+        return self.path / "trace.json"
+
     def check(self) -> None:
         """Raises UserError where something is in the way of a part, which a run may meet only at its end."""
         folders = (self.path.parent, self.path, self.checkpoints, self.model, self.tensorboard)
-        files.check_ways(folders, (self.card, self.history, self.summary), "give another --run.name or --run.dir")
+        files.check_ways(folders, (self.card, self.history, self.summary, self.trace), "give another --run.name or --run.dir")
         if self.summary.exists():
             files.read_json(self.summary)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import shutil
 from collections.abc import Iterator
@@ -11,7 +10,7 @@ from typing import Any, cast
 
 from torch import Tensor
 
-from noprop_dist import files
+from noprop_dist import files, tracing
 from noprop_dist.chain import Scores, Segment
 from noprop_dist.config import Card, UserError
 from noprop_dist.data import DataInfo, Pixels, medoids
@@ -26,6 +25,7 @@ from noprop_dist.parallel.feed import Batch, Feed
 from noprop_dist.parallel.placement import Placement
 from noprop_dist.parallel.publication import Publication
 from noprop_dist.parallel.relay import relay
+from noprop_dist.parallel.trace import gather_trace, own_record
 from noprop_dist.parallel.traffic import PeerError
 from noprop_dist.parallel.world import World
 from noprop_dist.report.console import log as report
@@ -69,7 +69,8 @@ class Trainer:
             raise PeerError(f"{error}; {self._rescue(start)}") from error
 
     def begin(self, checkpoint: Path | None) -> RunLog:
-        """Take ``checkpoint``, or a fresh start, as what :meth:`steps` goes on from. The caller closes the log."""
+        """Take ``checkpoint``, or a fresh start, as what :meth:`steps` goes on from. The log has a screen once
+        it is entered."""
         self._prepare_labels(checkpoint)
         skips = [learner.skips for learner in (*self.blocks.values(), self.labels)]
         return RunLog(self.card, self.info, self.world, self.placement, self.folder, self.total, checkpoint, skips)
@@ -87,7 +88,7 @@ class Trainer:
 
     def _run(self, start: int, checkpoint: Path | None) -> tuple[dict[str, Any], NoPropModel | None]:
         card, world = self.card, self.world
-        with contextlib.closing(self.begin(checkpoint)) as log:
+        with self.begin(checkpoint) as log:
             saved = start
             owes = log.owes_evaluation() and start >= self._caught_up
             scores = self.evaluate(log) if owes else None
@@ -111,9 +112,12 @@ class Trainer:
                     checkpoint, saved = self._save(), world.step
                 if saved > start:
                     self._tell(log, checkpoint)
+                self._keep_trace(start)
                 self._say_goodbye(checkpoint)
                 return {}, None
-            model = self.saver.gather(card, self.info, self.blocks, self.labels)
+            with world.traffic.spans.during("saving", world.step):
+                model = self.saver.gather(card, self.info, self.blocks, self.labels)
+            self._keep_trace(start)
             summary = log.summary(scores, training)
         if model is not None:
             model.save(self.folder.model)
@@ -136,7 +140,13 @@ class Trainer:
         files.write(self.folder.summary, json.dumps(summary, indent=1).encode())
 
     def _save(self) -> Path:
-        return self.saver.save(self.card, self.info, self.blocks, self.labels, self.seen)
+        with self.world.traffic.spans.during("saving", self.world.step):
+            return self.saver.save(self.card, self.info, self.blocks, self.labels, self.seen)
+
+    def _keep_trace(self, start: int) -> None:
+        """Write what all ranks did when, if any step was trained since ``start``. Every rank calls it."""
+        if self.world.step > start and (records := gather_trace(self.world)):
+            tracing.keep(self.folder.trace, records, self.placement)
 
     def _tell(self, log: RunLog, checkpoint: Path | None) -> None:
         if self.listener:
@@ -147,6 +157,8 @@ class Trainer:
         trained = {index: learner for index, learner in self.blocks.items() if learner.steps > start}
         try:
             rescue(self.folder.alone, self.card, self.info, trained)
+            mine = own_record(self.world.rank, self.world.traffic.spans)
+            tracing.keep(self.folder.alone / f"trace-rank-{self.world.rank}.json", [mine], self.placement)
         except UserError as error:
             return f"could not save its own blocks: {error}"
         return f"its own blocks are saved in {self.folder.alone}" if trained else "its own blocks have learnt nothing since"
@@ -202,5 +214,6 @@ class Trainer:
         blocks = {index: cast(Block, learner.inference) for index, learner in self.blocks.items()}
         labels = cast(LabelSpace, self.labels.inference)
         segment = Segment(self.card, blocks, self.seen.newest(labels), self.pixels)
-        scores = relay(self.card, self.world, self.placement, segment, labels, batches)
+        with self.world.traffic.spans.during("evaluation", self.world.step):
+            scores = relay(self.card, self.world, self.placement, segment, labels, batches)
         return None if self.feed.stopped else scores

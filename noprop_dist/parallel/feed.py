@@ -163,7 +163,7 @@ class Feed:
             if self._world.interruption.reason:
                 message[:HEADER] = pack(STOP)
             else:
-                with self._world.traffic.waiting(self._wire.kind):
+                with self._world.traffic.waiting(self._wire.kind, step, "reading"):
                     batch = next(source) if source else ()
                 message = pack(step, *batch)
         return self._wire.broadcast(_carry(message, self._wire.device), step)

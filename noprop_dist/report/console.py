@@ -1,55 +1,33 @@
-"""What a user sees: the progress bar, the end table, the placement of a dry run. Ranks other than 0 only warn."""
+"""What a user sees: log lines, the end table, the placement of a dry run. Ranks other than 0 only warn."""
 
 from __future__ import annotations
 
 import logging
+import sys
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TextIO
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
 log = logging.getLogger("noprop_dist")
 
 
+class _Stderr(logging.StreamHandler[TextIO]):
+    """To whatever stderr is at the time: while a live board stands, lines come out above it."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.stream = sys.stderr
+        super().emit(record)
+
+
 def set_up_logging(rank: int) -> None:
     """Rank 0 says what it does; others only warnings and worse, with their rank."""
-    handler = logging.StreamHandler()
+    handler = _Stderr()
     handler.setFormatter(logging.Formatter("%(message)s" if rank == 0 else f"rank {rank}: %(message)s"))
     log.handlers[:] = [handler]
     log.setLevel(logging.INFO if rank == 0 else logging.WARNING)
     log.propagate = False
-
-
-class Bar:
-    """Progress on rank 0: a live bar on a terminal; elsewhere only what ``say`` prints."""
-
-    def __init__(self, rank: int, start: int, total: int) -> None:
-        self._rank = rank
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[note]}"))
-        self._progress = Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), disable=rank != 0)
-        self._live = rank == 0 and self._progress.console.is_terminal
-        self._task = self._progress.add_task("training", total=total, completed=start, note="")
-        if self._live:
-            self._progress.start()
-
-    def update(self, step: int, note: str | None = None) -> None:
-        """``step`` steps are done; ``note`` stands beside the bar until the next one."""
-        if self._live:
-            self._progress.update(self._task, completed=step)
-            if note is not None:
-                self._progress.update(self._task, note=note)
-
-    def say(self, line: str) -> None:
-        """A line that stays, on rank 0."""
-        if self._rank == 0:
-            self._progress.console.print(line, highlight=False, soft_wrap=True)
-
-    def close(self) -> None:
-        """Leave the bar as it stands."""
-        if self._live:
-            self._progress.stop()
 
 
 def print_summary(summary: Mapping[str, Any]) -> None:
