@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import resource
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -32,6 +34,16 @@ class Load:
     busy: float
     sent: float
     per_step: float
+
+
+@dataclass(frozen=True)
+class Total:
+    """A rank's, of the whole run: samples a second of training, peak memory in bytes, busy share, bytes sent by kind."""
+
+    samples_per_second: float
+    peak_memory: int
+    busy: float
+    sent: dict[str, int]
 
 
 class Meter:
@@ -113,6 +125,27 @@ class Meter:
         ]
         return torch.cat([row[OWN:].view(ROWS, -1) for row in rows], dim=1), loads
 
+    def totals(self, samples: int) -> list[Total]:
+        """Every rank's, on the coordinator; nothing elsewhere. Every rank calls it, with the number of samples trained on."""
+        world = self._world
+        own = [samples / self.running if samples else 0.0, peak_memory(world.device), self.busy]
+        sent = dict(world.traffic.sent)
+        if not world.is_coordinator:  # this very row is on its way too
+            sent["scalars"] += 8 * (len(own) + len(sent))
+        mine = torch.tensor([*own, *sent.values()], dtype=torch.float64)
+        rows = [row.tolist() for row in gather_rows(world, mine, [len(mine)] * world.size).wait()]
+        return [
+            Total(rate, int(peak), busy, dict(zip(sent, map(int, counts), strict=True))) for rate, peak, busy, *counts in rows
+        ]
+
 
 def _busy(running: float, waiting: float) -> float:
     return 1 - waiting / running if running else 1.0
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes: the allocator's peak on a GPU; on a CPU the process's peak resident set, Python and torch included."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

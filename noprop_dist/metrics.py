@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import math
-import resource
 import socket
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
@@ -21,13 +19,13 @@ from noprop_dist.history import History
 from noprop_dist.learner import learning_rate
 from noprop_dist.meter import PARTS, ROWS, SKIPS, Load, Meter
 from noprop_dist.parallel.placement import Placement
-from noprop_dist.parallel.scalars import Rows, gather_rows
+from noprop_dist.parallel.scalars import Rows
 from noprop_dist.parallel.traffic import KINDS, PeerError
 from noprop_dist.parallel.world import World
 from noprop_dist.report.board import Board
 from noprop_dist.report.console import log
 from noprop_dist.report.lanes import Lane, span
-from noprop_dist.report.screen import Screen, beside
+from noprop_dist.report.screen import STOPPING, Screen, beside
 from noprop_dist.runs import RunFolder, evaluates
 
 DELAY = 10
@@ -77,11 +75,14 @@ class RunLog:
         self._devices = names if len(set(names)) > 1 else [""] * world.size
         if world.is_coordinator:
             lanes = self._lanes([Load(math.nan, math.nan, math.nan)] * world.size)
-            self._screen = self._stack.enter_context(Screen(self._start, self._total, lanes, lambda: world.traffic.spans.now))
+            self._screen = self._stack.enter_context(Screen(self._start, self._total, lanes, self._doing))
         place = world.publish("board", lambda: self._screen.place if self._screen else None)
         if not world.is_coordinator:
             self._stack.enter_context(beside(place, PeerError))
         return self
+
+    def _doing(self) -> str:
+        return STOPPING if self._world.interruption.reason else self._world.traffic.spans.now
 
     def __exit__(self, kind: type[BaseException] | None, *about: Any) -> None:
         """Leave the screen as it is, close the event file."""
@@ -164,16 +165,7 @@ class RunLog:
         calls it."""
         self.flush()
         world, card = self._world, self._card
-        samples = (world.step - self._start) * card.data.batch_size
-        traffic = world.traffic
-        own = [samples / self._meter.running if samples else 0.0, peak_memory(world.device), self._meter.busy]
-        counts = len(own) + len(KINDS)
-        # this very row is on its way too
-        traffic_after = dict(traffic.sent)
-        if not world.is_coordinator:
-            traffic_after["scalars"] += 8 * counts
-        mine = torch.tensor([*own, *traffic_after.values()], dtype=torch.float64)
-        rows = [row.tolist() for row in gather_rows(world, mine, [counts] * world.size).wait()]
+        rows = self._meter.totals((world.step - self._start) * card.data.batch_size)
         if scores is None or training is None or self._history is None:
             return {}
         whole = self._so_far
@@ -188,15 +180,15 @@ class RunLog:
             "steps": world.step,
             "seconds": whole["seconds"],
             "samples_per_second": whole["steps"] * card.data.batch_size / max(whole["seconds"], 1e-9),
-            "peak_memory_bytes": int(max(row[1] for row in rows)),
-            "busy_share": sum(row[2] for row in rows) / world.size,
+            "peak_memory_bytes": max(row.peak_memory for row in rows),
+            "busy_share": sum(row.busy for row in rows) / world.size,
             "per_rank": [
                 {
                     "rank": rank,
                     "blocks": list(self._placement.ranges[rank]),
-                    "samples_per_second": row[0],
-                    "peak_memory_bytes": int(row[1]),
-                    "busy_share": row[2],
+                    "samples_per_second": row.samples_per_second,
+                    "peak_memory_bytes": row.peak_memory,
+                    "busy_share": row.busy,
                 }
                 for rank, row in enumerate(rows)
             ],
@@ -211,7 +203,7 @@ class RunLog:
                 }
                 for index, (loss, _, _, skipped, in_a_row) in enumerate(self._figures.T.tolist())
             ],
-            "bytes": {kind: int(sum(row[len(own) + number] for row in rows)) for number, kind in enumerate(KINDS)},
+            "bytes": {kind: sum(row.sent[kind] for row in rows) for kind in KINDS},
             "bytes_per_step": whole["bytes"] / max(whole["steps"], 1),
             "curve": self._history.curve,
         }
@@ -294,14 +286,6 @@ class RunLog:
 
     def _given_up(self, in_a_row: float) -> bool:
         return 0 < self._card.train.max_bad_steps <= in_a_row
-
-
-def peak_memory(device: torch.device) -> int:
-    """Bytes: the allocator's peak on a GPU; on a CPU the process's peak resident set, Python and torch included."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def _tag(index: int, what: str) -> str:

@@ -68,7 +68,12 @@ def test_a_stalled_or_killed_rank_is_named_and_the_others_blocks_are_saved_and_u
     for message in messages:
         assert "no sign of life from rank 2 (blocks 2-3), last heard of at step " in message, message
         assert message.endswith(f"its own blocks are saved in {folder.alone}")
-    assert sorted(path.name for path in folder.alone.iterdir()) == ["block-00", "block-01"]
+    names = sorted(path.name for path in folder.alone.iterdir())
+    assert names == ["block-00", "block-01", "trace-rank-0.json", "trace-rank-1.json"]
+    waits = [
+        event for event in json.loads((folder.alone / names[3]).read_text())["traceEvents"] if event.get("cat") == "waiting"
+    ]
+    assert waits[-1]["dur"] > 0.2e6, "the wait in vain is told"
 
     learnt = []
     update = learning.update

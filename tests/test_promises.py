@@ -267,8 +267,12 @@ def test_only_allowed_messages_cross_and_every_byte_is_counted(small_card, on_ra
     assert counted["latents"] == hops * (2 * TEST + TRAIN) * 10 * 4 * 3  # float32, three paths
     others = blocks - 1
     logs, figures, checkpoints = 3, 5, 2  # loss, accuracy, gradient norm, updates skipped in all and in a row
-    scalars = logs * figures * 8 * others + len(passes) * 8 * others + checkpoints * 32 * others
-    assert counted["scalars"] == scalars + (ranks - 1) * 8 * (3 + 6)
+    own = 4 * (ranks - 1)  # seconds of training and of waiting, bytes sent and those for training
+    scalars = 8 * logs * (figures * others + own) + len(passes) * 8 * others + checkpoints * 32 * others
+    times = [size for name, size, sent in calls if name == "isend" and sent.dtype == float and sent.size > 400]
+    assert len(times) == ranks - 1, "when each rank did what, once"
+    assert max(times) <= 8 * (3 + 4 * 100 + 6 * 2000)
+    assert counted["scalars"] == scalars + sum(times) + (ranks - 1) * 8 * (3 + 6)
 
     # each block of other ranks travels once, after the last step, with its length
     assert counted["weights"] == sum(8 + size for size in results[0][2][1:])

@@ -28,6 +28,7 @@ LEAST = 0.25  # seconds between two drawings
 COST = 1 / 300
 MINUTE = 60.0  # seconds between two lines where there is no terminal
 BAR = 8  # characters at least
+STOPPING = "stopping"
 
 
 class Screen:
@@ -35,7 +36,7 @@ class Screen:
 
     Args:
         lanes: the ranks; none: progress alone.
-        doing: what is under way, e.g. evaluation; empty: as before.
+        doing: what is under way, e.g. evaluation; empty: as before; STOPPING: someone has asked for it.
     """
 
     def __init__(self, start: int, total: int, lanes: Sequence[Lane] = (), doing: Callable[[], str] = str) -> None:
@@ -68,7 +69,7 @@ class Screen:
         _standing.clear()
         self._phase, self._doing = "finished" if self._step >= self._total else "stopped", str
         if kind:
-            self._console.file.write("\n" * self.height)
+            self._step_aside()
         self._draw()
         self._live.stop()
 
@@ -111,9 +112,15 @@ class Screen:
         while not self._closing.wait(pause):
             begin = time.thread_time()
             state = self._step, self._lanes, self._verdict, self._doing(), int(self._elapsed), self._console.size
+            if STOPPING == self._doing() != self._phase:
+                self._step_aside()
             if state != drawn:
                 self._draw()
             pause, drawn = max(LEAST, (time.thread_time() - begin) / COST), state
+
+    def _step_aside(self) -> None:
+        """What torchrun or other ranks say of a stop or a failure goes through the board: draw it anew below."""
+        self._console.file.write("\n" * self.height)
 
     def _draw(self) -> None:
         width = self._console.width
