@@ -74,7 +74,7 @@ DEFAULTS: dict[str, dict[str, dict[str, Any]]] = {
     "fm": _ONE | {"method": {"label_noise": 0.0}},
     **dict.fromkeys(("cnn", "adjoint", "liquid"), _ONE),
 }
-"""Where a method's defaults are not the fields' own: the paper's single block and η, and label noise as measured (README)."""
+"""Where a method's defaults are not the fields' own: the paper's single block and η; label noise as docs/results.md has it."""
 
 
 class Card(Section):
