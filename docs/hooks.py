@@ -37,6 +37,7 @@ NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 LINK = re.compile(r"\]\((\.\./[^)#\s]+)")
 MATHS = re.compile(r'<(span|div) class="arithmatex">\\[(\[](.*?)\\[)\]]</\1>', re.DOTALL)
 TAG = re.compile(r"\\tag\{(.*?)\}")
+LARGER = re.compile(r"\\[Bb]igg?[lrm]?(?=\\)")  # before \\|, latex2mathml takes no size
 ROLE = re.compile(r":\w+:`(~?)([\w.]+)`")
 MEANT = {
     "<mi>&#x0007E;</mi>": "<mo>&#x0223C;</mo>",  # ~ between two terms is a relation
@@ -44,8 +45,9 @@ MEANT = {
     ' accent="true"': "",
 }
 """What latex2mathml writes, and what browsers should draw."""
-INDENTED = re.compile(r"(?:^    .*\n?)+", re.MULTILINE)
+TYPED = re.compile(r"(?:^(?:    |python |torchrun ).*\n?)+", re.MULTILINE)
 PROMPTS = re.compile(r"(?:^>>> .*\n?)+", re.MULTILINE)
+WIDE = "---\nhide: [toc]\n---\n"
 LANGUAGES = {".py": "python", ".yaml": "yaml"}
 KINDS = {int: "a whole number", float: "a number", bool: "`true` or `false`", str: "a text", Path: "a path"}
 LIMITS = {
@@ -126,7 +128,7 @@ def _command(path: Path) -> str:
     rows = [f"| {_argument(action)} | {(action.help or '').replace('|', '&#124;')} |" for action in own]
     card = len(own) < len(parser._actions) - 1
     more = "\nAnd `--section.name value` for every [setting](settings.md), and `--debug`." if card else ""
-    text = INDENTED.sub(lambda found: f"```sh\n{textwrap.dedent(found[0]).rstrip()}\n```\n", text)
+    text = TYPED.sub(lambda found: f"```sh\n{textwrap.dedent(found[0]).rstrip()}\n```\n", text)
     return "\n".join(
         [f"## {path.stem}\n", " ".join(title.split()), "", text.rstrip(), "", "| argument | |\n| --- | --- |", *rows, more, ""]
     )
@@ -182,7 +184,7 @@ def on_page_content(content: str, **_: Any) -> str:
 
 
 def _mathml(found: re.Match[str]) -> str:
-    latex, block = html.unescape(found[2]).strip(), found[1] == "div"
+    latex, block = LARGER.sub("", html.unescape(found[2]).strip()).replace("'", "′"), found[1] == "div"  # raised by itself
     number = "".join(f'<span class="tag">({tag})</span>' for tag in TAG.findall(latex))
     drawn = convert(TAG.sub("", latex), display="block" if block else "inline")
     for written, meant in MEANT.items():
@@ -194,7 +196,8 @@ def _mathml(found: re.Match[str]) -> str:
 
 def on_config(config: MkDocsConfig) -> MkDocsConfig:
     """The notebooks into the navigation."""
-    config.nav.insert(2, {"Notebooks": [f"notebooks/{path.stem}.md" for path in NOTEBOOKS]})
+    if NOTEBOOKS:
+        config.nav.insert(2, {"Notebooks": [f"notebooks/{path.stem}.md" for path in NOTEBOOKS]})
     return config
 
 
@@ -202,7 +205,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Pages for the notebooks, with their pictures, and for the files that others link to."""
     for path in NOTEBOOKS:
         text, resources = MarkdownExporter().from_filename(str(path), {"unique_key": path.stem})
-        text = re.sub(r"\]\(([\w-]+)\.ipynb", r"](\1.md", text)
+        text = WIDE + re.sub(r"\]\(([\w-]+)\.ipynb", r"](\1.md", text)
         files.append(File.generated(config, f"notebooks/{path.stem}.md", content=text))
         for name, content in resources["outputs"].items():
             files.append(File.generated(config, f"notebooks/{name}", content=content))

@@ -1,4 +1,4 @@
-"""A run's folder RUN = <run.dir>/<run.name>, and whether a run begins or continues there."""
+"""A run's folder RUN, ``<run.dir>/<run.name>``, and whether a run begins or continues there."""
 
 from __future__ import annotations
 

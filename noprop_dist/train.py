@@ -1,7 +1,7 @@
 """Train NoProp with its blocks spread over ranks.
 
-    torchrun --nproc_per_node=4 -m noprop_dist.train [CARD.yaml] [--section.name value]...
-    python -m noprop_dist.train --dry-run --ranks 4
+torchrun --nproc_per_node=4 -m noprop_dist.train [CARD.yaml] [--section.name value]...
+python -m noprop_dist.train --dry-run --ranks 4
 """
 
 from __future__ import annotations

@@ -81,7 +81,7 @@ def test_mathematics_becomes_mathml_and_what_cannot_is_told(hooks, caplog):
     drawn = hooks.on_page_content(r'<p><span class="arithmatex">\(\hat u_t\)</span></p>')
     assert drawn.startswith("<p><math") and "\\" not in drawn
     numbered = hooks.on_page_content('<div class="arithmatex">\\[\nz_t \\sim q \\tag{3–5}\n\\]</div>')
-    assert '<span class="tag">(3–5)</span>' in numbered and "tag{" not in numbered
+    assert '<span class="tag">(3–5)</span>' in numbered and numbered.count("3–5") == 1
     assert not caplog.records
     hooks.on_page_content(r'<span class="arithmatex">\(\nosuchthing x\)</span>')
     assert "nosuchthing" in caplog.text
