@@ -151,7 +151,7 @@ def parser_of(path: Path) -> argparse.ArgumentParser:
         module = importlib.import_module(f"noprop_dist.{path.stem}" if path.parent.name == "noprop_dist" else path.stem)
     finally:
         sys.path.pop(0)
-    with mock.patch.object(command.Parser, "parse_known_args", caught):
+    with mock.patch.multiple(command.Parser, parse_args=caught, parse_intermixed_args=caught, parse_known_args=caught):
         try:
             module.main([])
         except _Caught as error:

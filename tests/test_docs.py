@@ -11,7 +11,7 @@ import pytest
 
 from noprop_dist import command
 from noprop_dist.cards import read_card, setting_names
-from noprop_dist.config import Card
+from noprop_dist.config import Card, UserError
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
@@ -128,17 +128,26 @@ def test_what_is_to_be_typed_is_taken(name, line, monkeypatch):
     words = subprocess.run(["bash", "-c", f"printf '%s\\n' {rest}"], check=True, capture_output=True, text=True).stdout
     argv = ["configs/digits/dt.yaml" if word in PLACEHOLDERS else word for word in words.splitlines() if word]
     module = importlib.import_module(script if script.startswith("ray_") else f"noprop_dist.{script}")
-    parse = command.Parser.parse_args
 
-    def parsed(*arguments):
-        parse(*arguments)
-        raise Taken
+    def ended(parse):
+        def call(*arguments):
+            parse(*arguments)
+            raise Taken
+
+        return call
 
     def card_read(parser, argv, base=None):
-        read_card(parser, argv, (lambda arguments: Card()) if script == "evaluate" else base)  # of no run
+        def below(arguments):
+            try:
+                return base(arguments)
+            except UserError:  # of a run that is not here
+                return Card()
+
+        read_card(parser, argv, below if base else None)
         raise Taken
 
-    monkeypatch.setattr(command.Parser, "parse_args", parsed)
+    for way in ("parse_args", "parse_intermixed_args"):
+        monkeypatch.setattr(command.Parser, way, ended(getattr(command.Parser, way)))
     monkeypatch.setattr(module, "read_card", card_read, raising=False)
     with pytest.raises(Taken):
         module.main(argv)
