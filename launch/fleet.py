@@ -232,7 +232,7 @@ class Fleet:
                         report.skipped, "; IT IS NO LONGER TRAINED" * given_up)  # fmt: skip
         figures = {"time": time.time(), "worker": lease.member.name, "block": lease.index, "from": lease.start}
         figures |= {"to": report.step, "seconds": work.seconds, "waited": work.waited}
-        with open(self._folder.path / "fleet.jsonl", "a") as file:
+        with open(self._folder.fleet, "a") as file:
             print(json.dumps(figures), file=file)
 
 

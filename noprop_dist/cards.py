@@ -26,6 +26,14 @@ from noprop_dist.config import Card, UserError
 Layers = dict[str, dict[str, Any]]
 """Sections by the place (a file, the command line) where they stand, the lowest first."""
 COMMAND_LINE = "command line"
+MACHINE: dict[str, set[str] | bool] = {
+    "data": {"root", "workers"},
+    "train": {"resume"},
+    "parallel": True,
+    "run": {"dir", "name", "stop_exit_code"},
+    "debug": {"enabled"},
+}
+"""Settings that say where and how a run went on, and nothing of what came out. A model is handed on without them."""
 
 
 class _CommandLine(Card, BaseSettings):
@@ -88,6 +96,28 @@ def stack(layers: Layers, main: str) -> Card:
 def dump_card(card: Card) -> str:
     """The card as YAML, every setting spelt out."""
     return yaml.safe_dump(card.model_dump(mode="json"), sort_keys=False)
+
+
+def portable(card: Card) -> dict[str, Any]:
+    """The card for JSON, without what is the machine's."""
+    return card.model_dump(mode="json", exclude=MACHINE)
+
+
+def localised(card: Card, home: Card) -> Card:
+    """The card with what ``home``, one of the same run, has for its machine. Raises ValidationError where it is another's."""
+    own, local = card.model_dump(exclude=MACHINE), home.model_dump(include=MACHINE)
+    return Card.model_validate({section: own.get(section, {}) | local.get(section, {}) for section in Card.model_fields})
+
+
+def chosen(card: Card) -> dict[str, dict[str, Any]]:
+    """The settings, without the machine's, that are not their method's defaults; and always the data, the method, the seed."""
+    plain = portable(Card.model_validate({"method": {"name": card.method.name}}))
+    plain["data"]["name"] = plain["method"]["name"] = plain["run"]["seed"] = None
+    parts = {
+        section: {name: value for name, value in settings.items() if value != plain[section][name]}
+        for section, settings in portable(card).items()
+    }
+    return {section: settings for section, settings in parts.items() if settings}
 
 
 def explain(error: ValidationError) -> str:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import logging
 import textwrap
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,8 +14,8 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor, nn
 
-from noprop_dist import files
-from noprop_dist.cards import explain
+from noprop_dist import files, hub, modelcard
+from noprop_dist.cards import explain, portable
 from noprop_dist.chain import PATHS, Moment, Scores, Segment, Tally, logits, read_out
 from noprop_dist.config import LOCAL_METHODS, Card, UserError
 from noprop_dist.data import DataInfo, Pixels, Split, test_indices
@@ -24,7 +26,8 @@ from noprop_dist.nets.labels import LabelSpace
 from noprop_dist.nets.precision import lay_out
 from noprop_dist.seeding import derive
 
-WEIGHTS, CONFIG = "model.safetensors", "config.json"
+WEIGHTS, CONFIG, README = hub.WEIGHTS, hub.CONFIG, hub.README
+log = logging.getLogger("noprop_dist")
 
 
 def fresh_block(card: Card, info: DataInfo, index: int, device: torch.device) -> Block:
@@ -52,6 +55,8 @@ class NoPropModel(nn.Module):
     def __init__(self, card: Card, info: DataInfo) -> None:
         super().__init__()
         self.card, self.info = card, info
+        self.readme: str | None = None
+        """Its model card, where it has one."""
         with torch.random.fork_rng([]):
             cpu = torch.device("cpu")
             self.blocks = nn.ModuleList(fresh_block(card, info, index, cpu) for index in range(card.units))
@@ -121,16 +126,75 @@ class NoPropModel(nn.Module):
         names = [f"û{moment.block + 1}" if self.card.method.name == "dt" else f"{moment.time:.2f}" for moment in chosen]
         return torch.stack([*beliefs, self.beliefs(paths[0])], dim=1).cpu(), [*names, "end"]
 
+    def describe(self, summary: Mapping[str, Any] | None = None) -> None:
+        """Make its model card anew; ``summary``: what its run's summary.json holds."""
+        parameters = sum(parameter.numel() for parameter in self.parameters())
+        self.readme = modelcard.describe(self.card, self.info, parameters, summary)
+
     def save(self, folder: Path | str) -> None:
-        """Write model.safetensors and config.json. Raises UserError where that fails."""
-        config = {"format": 1, "card": self.card.model_dump(mode="json"), "data": self.info.to_json()}
+        """Write model.safetensors, config.json and README.md, the model card; one that was changed by hand stays.
+
+        Where a run was done, and on what machine, is left out. Raises UserError where writing fails.
+        """
+        config = {"format": 1, "card": portable(self.card), "data": self.info.to_json()}
         files.write(Path(folder) / WEIGHTS, files.pack(self.state_dict()))
         files.write(Path(folder) / CONFIG, json.dumps(config, indent=1).encode())
+        if self.readme is None:
+            self.describe()
+        if not modelcard.write(Path(folder) / README, str(self.readme)):
+            log.info("%s was changed by hand: it stays as it is", Path(folder) / README)
+
+    def save_pretrained(
+        self, folder: Path | str, *, repo_id: str | None = None, push_to_hub: bool = False, **push: Any
+    ) -> str | None:
+        """:meth:`save`, and on demand :meth:`push_to_hub`, with its settings, to ``repo_id``, else under the folder's name."""
+        self.save(folder)
+        return self.push_to_hub(repo_id or Path(folder).name, **push) if push_to_hub else None
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        commit_message: str = "A NoProp model",
+        private: bool | None = None,
+        token: bool | str | None = None,
+        branch: str | None = None,
+        create_pr: bool | None = None,
+        **upload: Any,
+    ) -> str:
+        """Put the model's folder on the Hugging Face hub (extra "hub") and return the commit's URL.
+
+        The repository is made where there is none; a model card that was changed by hand stays there too. The settings are
+        those of huggingface_hub's ``ModelHubMixin.push_to_hub``; ``upload``: its patterns.
+
+        Raises UserError where the hub refuses.
+        """
+        upload |= {"commit_message": commit_message, "create_pr": create_pr}
+        return hub.publish(self.save, repo_id, private=private, token=token, branch=branch, **upload)
 
     @classmethod
-    def from_pretrained(cls, folder: Path | str, device: str = "cpu") -> NoPropModel:
-        """Read what :meth:`save` wrote. Raises UserError naming the file that is missing or does not fit."""
-        path = Path(folder) / CONFIG
+    def from_pretrained(
+        cls,
+        name: Path | str,
+        device: str = "cpu",
+        *,
+        revision: str | None = None,
+        cache_dir: Path | str | None = None,
+        force_download: bool = False,
+        token: bool | str | None = None,
+        local_files_only: bool = False,
+    ) -> NoPropModel:
+        """Read what :meth:`save` wrote.
+
+        Args:
+            name: its folder, the name of a model that comes with the program, or ``owner/name`` on the hub (``@revision``).
+            revision: of the hub's: a branch, tag or commit; like all below as huggingface_hub's ``ModelHubMixin`` has it.
+
+        Raises UserError naming the file that is missing or does not fit, or why the hub gives none.
+        """
+        download = {"cache_dir": cache_dir, "force_download": force_download, "token": token}
+        folder = hub.locate(name, revision=revision, local_files_only=local_files_only, **download)
+        path = folder / CONFIG
         try:
             config = files.read_json(path)
             model = cls(Card.model_validate(config["card"]), DataInfo.from_json(config["data"]))
@@ -138,8 +202,10 @@ class NoPropModel(nn.Module):
             raise UserError(f"{path}: not a model's config ({explain(error)}); gather the model again") from None
         except (ValueError, KeyError, TypeError, RuntimeError) as error:  # of the card, or of a network that it asks for
             raise UserError(f"{path}: not a model's config ({str(error).splitlines()[0]}); gather the model again") from None
-        place = Path(folder) / WEIGHTS
+        place = folder / WEIGHTS
         model._load(files.unpack(files.read(place), place), place)
+        with contextlib.suppress(OSError):
+            model.readme = (folder / README).read_text(encoding="utf-8", errors="replace")
         return model.to(device)
 
     @classmethod

@@ -77,6 +77,11 @@ class RunFolder:
         return self.path / "history.json"
 
     @property
+    def fleet(self) -> Path:
+        """Who trained what, where a fleet did."""
+        return self.path / "fleet.jsonl"
+
+    @property
     def summary(self) -> Path:
         """The end table as JSON."""
         return self.path / "summary.json"

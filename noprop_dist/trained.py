@@ -5,18 +5,19 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from pydantic import ValidationError
 from torch import Tensor
 
+from noprop_dist.cards import explain, load_card, localised
 from noprop_dist.checkpoint import LABELS, MANIFEST, block_file, newest_whole, read_manifest
 from noprop_dist.config import UserError
 from noprop_dist.data import DataSet, open_data
 from noprop_dist.files import read, unpack
+from noprop_dist.hub import SHIPPED as SHIPPED
+from noprop_dist.hub import locate
 from noprop_dist.learner import inference_state
 from noprop_dist.model import CONFIG, NoPropModel
 from noprop_dist.runs import RunFolder, trained_as
-
-SHIPPED = Path(__file__).parent / "models"
-"""Folder of the models that come with the program."""
 
 
 @dataclass(frozen=True)
@@ -34,19 +35,16 @@ def load(name: str | Path) -> NoPropModel:
 
 
 def find(name: str | Path) -> Trained:
-    """The model of a run's, a model's or a checkpoint's folder, else that of a shipped model's name.
+    """The model of a run's, a model's or a checkpoint's folder, of a shipped model's name, or of the hub's ``owner/name``.
 
-    Raises UserError where there is none, or it is damaged.
+    A run's has the run's settings for this machine too, where its data lie for one. Raises UserError where there is none, or it
+    is damaged.
     """
-    folder = Path(name)
-    if not folder.exists() and (SHIPPED / name).is_dir():
-        folder = SHIPPED / name
-    if not folder.is_dir():
-        raise UserError(f"{folder}: no such folder; name a run's folder, its model's, or one of {', '.join(shipped())}")
+    folder = locate(name)
     run = RunFolder(folder)
     for place, home in ((folder, RunFolder(folder.absolute().parent)), (run.model, run)):
         if (place / CONFIG).exists():
-            return Trained(NoPropModel.from_pretrained(place), place, home if home.card.exists() else None)
+            return _at_home(NoPropModel.from_pretrained(place), place, home)
     newest, refused = (folder, []) if (folder / MANIFEST).exists() else newest_whole(run.checkpoints)
     if newest is None:
         reason = refused[0] if refused else "neither a model nor a checkpoint here; name a run's folder or its model's"
@@ -54,17 +52,21 @@ def find(name: str | Path) -> Trained:
     manifest = read_manifest(newest)
     card, info = trained_as(newest, manifest)
     blocks = {index: _state(newest / block_file(index)) for index in range(card.units)}
-    home = RunFolder(newest.absolute().parents[1])
     try:
         model = NoPropModel.from_parts(card, info, blocks, _state(newest / LABELS))
     except UserError as error:
         raise UserError(f"{newest}: {error}") from None
-    return Trained(model, newest, home if home.card.exists() else None)
+    return _at_home(model, newest, RunFolder(newest.absolute().parents[1]))
 
 
-def shipped() -> list[str]:
-    """The names of the models that come with the program."""
-    return sorted(folder.name for folder in SHIPPED.iterdir() if (folder / CONFIG).exists()) if SHIPPED.is_dir() else []
+def _at_home(model: NoPropModel, place: Path, home: RunFolder) -> Trained:
+    if not home.card.exists():
+        return Trained(model, place, None)
+    try:
+        model.card = localised(model.card, load_card(home.card))
+    except ValidationError as error:
+        raise UserError(f"{home.card}: not of the model in {place} ({explain(error)}); move one of them away") from None
+    return Trained(model, place, home)
 
 
 def open_its_data(model: NoPropModel, root: Path | None = None) -> DataSet:

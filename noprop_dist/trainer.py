@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, cast
 
+import torch
 from torch import Tensor
 
 from noprop_dist import files, tracing
@@ -120,24 +121,28 @@ class Trainer:
             self._keep_trace(start)
             summary = log.summary(scores, training)
         if model is not None:
-            model.save(self.folder.model)
-            if start == self.total and self.folder.summary.exists():  # a finished run's figures stand
+            finished = start == self.total and self.folder.summary.exists()
+            if finished:  # its figures stand
                 summary = files.read_json(self.folder.summary)
             else:
                 self._complete(summary, model, checkpoint)
+            model.describe(summary)
+            model.save(self.folder.model)
+            if not finished:  # last, for it says that the run is
+                files.write(self.folder.summary, json.dumps(summary, indent=1).encode())
         shutil.rmtree(self.folder.alone, ignore_errors=True)
         self._tell(log, checkpoint)
         return summary, model
 
     def _complete(self, summary: dict[str, Any], model: NoPropModel, checkpoint: Path | None) -> None:
-        """Add what the files and the model are, and write it."""
+        """Add what the files and the model are, and what made it."""
         parts = {"checkpoint": checkpoint, "tensorboard": self.folder.tensorboard, "model": self.folder.model}
         network = model.blocks[0]
         block = network.blocks[0] if isinstance(network, Backprop) else network
         sizes = [sum(parameter.numel() for parameter in each.parameters()) for each in (block, model)]
         summary["parameters"] = {"block": sizes[0], "total": sizes[1]}
         summary["files"] = {name: str(path) for name, path in parts.items()}
-        files.write(self.folder.summary, json.dumps(summary, indent=1).encode())
+        summary |= {"torch": torch.__version__, "fleet": self.folder.fleet.exists()}
 
     def _save(self) -> Path:
         with self.world.traffic.spans.during("saving", self.world.step):

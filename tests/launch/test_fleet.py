@@ -146,6 +146,7 @@ def test_workers_are_killed_and_join_late_and_the_end_is_that_of_one_rank(cluste
     assert not RunFolder(card.run.dir / "run").alone.exists(), "the run's own checkpoint has all of it"
     summary = json.loads((card.run.dir / "run/summary.json").read_text())
     assert summary["steps"] == STEPS and summary["seconds"] > 0 and summary["bytes_per_step"] > 0
+    assert ", a fleet of workers, torch " in (card.run.dir / "run/model/README.md").read_text()
 
 
 def test_a_signal_saves_every_block_and_one_rank_can_take_over(cluster, tmp_path):
