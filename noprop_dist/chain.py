@@ -11,8 +11,9 @@ from torch import Tensor
 
 from noprop_dist.config import LOCAL_METHODS, Card
 from noprop_dist.data import Pixels
-from noprop_dist.method import make_chain
-from noprop_dist.method.base import start
+from noprop_dist.method import make_method
+from noprop_dist.method.base import Chain, Level, Method, start
+from noprop_dist.method.endtoend import EndToEnd
 from noprop_dist.nets.block import Block
 from noprop_dist.nets.labels import LabelSpace, nearest, squared_distances
 from noprop_dist.nets.precision import autocast, lay_out
@@ -54,10 +55,11 @@ class Segment:
     """
 
     def __init__(self, card: Card, blocks: Mapping[int, Block], embedding: Tensor, pixels: Pixels) -> None:
-        self._card, self._embedding, self._pixels = card, embedding, pixels
-        self._chain = make_chain(card)
+        self._card, self.embedding, self.pixels = card, embedding, pixels
+        self._method: Method | None = make_method(card) if card.method.name in LOCAL_METHODS else None
+        self._chain: Chain = self._method or EndToEnd()
         self.used = card.inference.blocks or card.units
-        self.guessing = self.used if card.method.name in LOCAL_METHODS else 0  # a baseline has no û
+        self.guessing = self.used if self._method else 0  # a baseline has no û
         self.blocks = {index: block.eval() for index, block in blocks.items() if index < self.used}
         self.device = embedding.device
 
@@ -67,12 +69,12 @@ class Segment:
 
     def empty(self, size: int) -> Tensor:
         """A tensor of the shape of paths, on the CPU."""
-        return torch.empty(self._card.inference.samples + 2, size, self._embedding.shape[1])
+        return torch.empty(self._card.inference.samples + 2, size, self.embedding.shape[1])
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> dict[int, Tensor]:
         """Every block's features of uint8 images (B, C, H, W)."""
-        x = lay_out(self._card.train, self._pixels.normalise(images))
+        x = lay_out(self._card.train, self.pixels.normalise(images))
         with autocast(self._card.train, self.device):
             return {index: block.encode(x) for index, block in self.blocks.items()}
 
@@ -82,7 +84,7 @@ class Segment:
     ) -> tuple[Tensor, dict[int, Tensor]]:
         """Take the paths through these blocks. Also returns the class (B,) that each block's û names on the mean path.
 
-        ``watch`` is told of every call of a block; a solver may call it between its steps too.
+        ``watch`` is told of every call of a block of NoProp; a solver may call it between its steps too.
         """
         guesses = {}
 
@@ -95,19 +97,24 @@ class Segment:
                 rows = features[index].repeat(len(z), 1)
                 times = None if time is None else time.expand(len(rows))
                 with autocast(self._card.train, self.device):
-                    output = block.denoise(z.flatten(0, 1), rows, self._embedding, times).view_as(z)
-                if watch is not None:
+                    output = block.denoise(z.flatten(0, 1), rows, self.embedding, times).view_as(z)
+                if watch is not None and self._method is not None:
                     when = index / self._card.units if time is None else float(time)
-                    watch(Moment(index, when, z, self._chain.estimate(output.float(), z, time)))
+                    watch(Moment(index, when, z, self._method.estimate(output.float(), z, time)))
                 return output
 
             paths, estimate = self._chain.advance(index, denoise, paths, noise, self.used, block.gamma)
             if self.guessing:
-                guesses[index] = nearest(estimate, self._embedding)
+                guesses[index] = nearest(estimate, self.embedding)
         return paths, guesses
 
+    def level(self, index: int, time: float) -> Level:
+        """What the forward process makes of z at a time (0 to 1) of block ``index``, one of these; not for a baseline."""
+        assert self._method is not None
+        return self._method.level(time, self.blocks[index].gamma)
+
     def _noise(self, number: int, size: int, batch: int) -> Tensor:
-        shape = (self._card.inference.samples, size, self._embedding.shape[1])
+        shape = (self._card.inference.samples, size, self.embedding.shape[1])
         return torch.randn(shape, generator=generator(self._card.run.seed, "inference", number, batch)).to(self.device)
 
 
@@ -132,12 +139,16 @@ class Tally:
 
     seen: int = 0
     hits: Tensor = field(default_factory=lambda: torch.zeros(len(PATHS), dtype=torch.int64))
+    named: list[Tensor] = field(default_factory=list)
+    """Of each batch the classes: the right ones, then those that each of PATHS names, (4, B) on the CPU."""
     blocks: dict[int, int] = field(default_factory=dict)
 
     def chain(self, log_probabilities: Tensor, labels: Tensor) -> None:
         """Add a batch of :func:`read_out` (3, B, m) against labels (B,)."""
         self.seen += len(labels)
-        self.hits += (log_probabilities.argmax(dim=-1) == labels).sum(dim=1).cpu()
+        answers = log_probabilities.argmax(dim=-1)
+        self.hits += (answers == labels).sum(dim=1).cpu()
+        self.named.append(torch.cat([labels[None], answers]).cpu())
 
     def estimates(self, guesses: Mapping[int, Tensor], labels: Tensor) -> None:
         """Add a batch of the blocks' guesses (B,)."""

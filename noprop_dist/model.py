@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from noprop_dist import files, hub, modelcard
 from noprop_dist.cards import explain, portable
-from noprop_dist.chain import PATHS, Moment, Scores, Segment, Tally, logits, read_out
-from noprop_dist.config import LOCAL_METHODS, Card, UserError
+from noprop_dist.chain import PATHS, Moment, Scores, Segment, Tally, Watch, logits, read_out
+from noprop_dist.config import Card, UserError
 from noprop_dist.data import DataInfo, Pixels, Split, test_indices
 from noprop_dist.method.intervals import cuts
 from noprop_dist.nets.block import Block
@@ -25,6 +25,7 @@ from noprop_dist.nets.build import build_network
 from noprop_dist.nets.labels import LabelSpace
 from noprop_dist.nets.precision import lay_out
 from noprop_dist.seeding import derive
+from noprop_dist.viewing import Course, Viewing, Witness, schedules
 
 WEIGHTS, CONFIG, README = hub.WEIGHTS, hub.CONFIG, hub.README
 log = logging.getLogger("noprop_dist")
@@ -36,6 +37,13 @@ def fresh_block(card: Card, info: DataInfo, index: int, device: torch.device) ->
     ends = cuts(card.method, card.units)
     block = build_network(card, info.shape, len(info.classes), (ends[index], ends[index + 1]))
     return lay_out(card.train, block).to(device)
+
+
+def fresh_schedules(card: Card, info: DataInfo) -> Tensor:
+    """What :func:`~noprop_dist.viewing.schedules` gives of all blocks before their first step."""
+    used = range(card.inference.blocks or card.units) if card.method.schedule == "learned" else ()
+    with torch.random.fork_rng([]):
+        return schedules(card, {index: fresh_block(card, info, index, torch.device("cpu")) for index in used})
 
 
 def fresh_labels(card: Card, info: DataInfo, device: torch.device, prototypes: Tensor | None = None) -> LabelSpace:
@@ -80,16 +88,30 @@ class NoPropModel(nn.Module):
 
     def evaluate(self, split: Split, **inference: Any) -> Scores:
         """Accuracies on a split, batch by batch as a run's own evaluation does it: the same weights give the same digits."""
+        return self._survey(split, self._with(inference))[0]
+
+    @torch.no_grad()
+    def view(self, split: Split | None, **inference: Any) -> Viewing:
+        """All that pictures of this model are made from, as a run's own evaluation sees it; without data, what there is."""
         card = self._with(inference)
+        segment = self._segment(card)
+        _, course, tally = self._survey(split, card) if split else (None, None, None)
+        return Viewing.of(card, self.labels, schedules(card, segment.blocks), course, tally)
+
+    def _survey(self, split: Split, card: Card) -> tuple[Scores, Course | None, Tally]:
         segment, tally, size = self._segment(card), Tally(), card.inference.batch_size
         batches = range(-(-len(split) // size))
         chosen = (test_indices(batch, size=len(split), batch_size=size) for batch in batches)
+        course: Course | None = None
         for number, (images, labels) in enumerate(split.batches(chosen)):
             labels = labels.to(segment.device)
-            paths, guesses = self._run(segment, images, number)
+            witness = None if number else Witness(card, segment, labels)
+            paths, guesses = self._run(segment, images, number, witness)
             tally.estimates(guesses, labels)
             tally.chain(read_out(card, self.labels, paths), labels)
-        return tally.scores(segment.guessing)
+            if witness:
+                course = witness.develop(self.labels, images, labels, witness.record, paths)
+        return tally.scores(segment.guessing), course, tally
 
     def watch(self, images: Tensor, *, batch: int = 0, **inference: Any) -> tuple[list[Moment], Tensor]:
         """What every block sees and answers on the way: the calls in order of time, and the final paths (see method.base).
@@ -104,8 +126,7 @@ class NoPropModel(nn.Module):
                 moments.pop()
             moments.append(moment)
 
-        features = segment.encode(images.to(segment.device))
-        paths, _ = segment.advance(features, segment.start(len(images), batch), batch, keep)
+        paths, _ = self._run(segment, images, batch, keep)
         return [moment for moment in moments if moment.time < 1], paths
 
     @torch.no_grad()
@@ -113,18 +134,17 @@ class NoPropModel(nn.Module):
         """The class probabilities (…, m) that latents or estimates (…, d) stand for, as the last z is read."""
         return logits(self.card, self.labels, z).softmax(dim=-1)
 
-    def course(self, images: Tensor, most: int = 1000, **inference: Any) -> tuple[Tensor, list[str]]:
-        """What each step of the mean path believes: probabilities (B, K, m), the final answer last, and the steps' names.
+    @torch.no_grad()
+    def course(self, images: Tensor, *, batch: int = 0, **inference: Any) -> Course | None:
+        """Images on their way from noise to label: uint8 (B, C, H, W), the first ones where they are too many.
 
-        ``images`` uint8 (B, C, H, W). A step is a block of DT, or a solver's step of CT and FM, evenly chosen where there are
-        more than ``most``. A baseline has the answer alone.
+        The arguments are :meth:`forward`'s. None where z is too large to keep.
         """
-        moments, paths = self.watch(images, **inference)
-        local = self.card.method.name in LOCAL_METHODS
-        chosen = moments[:: -(-len(moments) // most)] if local else []
-        beliefs = [self.beliefs(moment.estimate[0]) for moment in chosen]
-        names = [f"û{moment.block + 1}" if self.card.method.name == "dt" else f"{moment.time:.2f}" for moment in chosen]
-        return torch.stack([*beliefs, self.beliefs(paths[0])], dim=1).cpu(), [*names, "end"]
+        card = self._with(inference)
+        segment = self._segment(card)
+        witness = Witness(card, segment, torch.zeros(len(images), dtype=torch.int64))
+        paths, _ = self._run(segment, images, batch, witness)
+        return witness.develop(self.labels, images, None, witness.record, paths)
 
     def describe(self, summary: Mapping[str, Any] | None = None) -> None:
         """Make its model card anew; ``summary``: what its run's summary.json holds."""
@@ -238,6 +258,6 @@ class NoPropModel(nn.Module):
         return Segment(card, blocks, self.labels.embedding, Pixels(card.data, self.info))
 
     @staticmethod
-    def _run(segment: Segment, images: Tensor, batch: int) -> tuple[Tensor, dict[int, Tensor]]:
+    def _run(segment: Segment, images: Tensor, batch: int, watch: Watch | None = None) -> tuple[Tensor, dict[int, Tensor]]:
         features = segment.encode(images.to(segment.device))
-        return segment.advance(features, segment.start(len(images), batch), batch)
+        return segment.advance(features, segment.start(len(images), batch), batch, watch)

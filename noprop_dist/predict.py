@@ -26,14 +26,10 @@ from noprop_dist.config import UserError
 from noprop_dist.data.picture import read_picture
 from noprop_dist.model import NoPropModel
 from noprop_dist.parallel.world import choose_device, set_threads
+from noprop_dist.report.denoising import denoising
 from noprop_dist.report.drawing import save
-from noprop_dist.report.figures import denoising
 from noprop_dist.trained import load
-
-EXPLAINED = 8
-"""Pictures that --explain draws, at most."""
-MOMENTS = 20
-"""Steps of a chain that it shows, at most."""
+from noprop_dist.viewing import IMAGES
 
 
 def main(argv: list[str]) -> None:
@@ -54,7 +50,7 @@ def main(argv: list[str]) -> None:
     explained: list[Tensor] = []
     for some in _chunks(paths, model.card.inference.batch_size):
         images, answers = _read(some, model, as_is=arguments.as_is)
-        explained += images[: EXPLAINED - len(explained)]
+        explained += images[: IMAGES - len(explained)]
         if images:
             _name(model, torch.stack(images), [answer for answer in answers if "error" not in answer], arguments.top)
         found += answers
@@ -65,16 +61,21 @@ def main(argv: list[str]) -> None:
     failed = sum("error" in answer for answer in found)
     if arguments.explain and explained:
         explain(model, torch.stack(explained), arguments.explain)
-        more = f"; the first {EXPLAINED} pictures" if len(found) - failed > EXPLAINED else ""
+        more = f"; the first {IMAGES} pictures" if len(found) - failed > IMAGES else ""
         print(f"{arguments.explain}{more}", file=sys.stderr)
     if failed:
         raise SystemExit(1 if failed < len(found) else 2)
 
 
 def explain(model: NoPropModel, images: Tensor, path: Path) -> None:
-    """Draw what every block believed of uint8 images (N, C, H, W). Raises UserError on a disk's refusal."""
-    beliefs, steps = model.course(images, MOMENTS)
-    save(denoising(images, beliefs, model.info.classes, steps), path)
+    """Draw what every block believed of uint8 images (N, C, H, W), on the mean path, which gives the answer.
+
+    Raises UserError on a disk's refusal, and where there is nothing to draw.
+    """
+    course = model.course(images)
+    if course is None:
+        raise UserError(f"{path}: z is too large here to be kept at every step; leave --explain out")
+    save(denoising(course, model.info.classes), path)
 
 
 def picture_name(text: str) -> Path:

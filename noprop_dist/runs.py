@@ -23,6 +23,7 @@ FREE = {
     "train.log_every",
     "train.eval_every",
     "train.checkpoint_every",
+    "train.pictures",
     "train.keep_checkpoints",
     "train.resume",
     "data.root",
@@ -36,6 +37,8 @@ FREE = {
 }
 """Settings and sections that may change at a resume: they decide how long, where and by whom, not what a step computes (but
 for the length, which a cosine or one-cycle learning rate depends on; then the user is told)."""
+PICTURED = 10
+"""As many pictures of a kind as TensorBoard shows."""
 LOCAL = {"data.root", "data.workers", "run.dir", "parallel.device", "parallel.threads"}
 """Settings that may differ between the ranks of a run."""
 
@@ -65,6 +68,16 @@ class RunFolder:
     def tensorboard(self) -> Path:
         """Folder of the event files."""
         return self.path / "tensorboard"
+
+    @property
+    def pictures(self) -> Path:
+        """Folder of the event files with pictures."""
+        return self.tensorboard / "pictures"
+
+    @property
+    def figures(self) -> Path:
+        """Folder of the pictures that are drawn of it."""
+        return self.path / "figures"
 
     @property
     def card(self) -> Path:
@@ -141,6 +154,17 @@ def evaluates(card: Card, train_size: int, step: int) -> bool:
     if card.train.eval_every:
         return step % card.train.eval_every == 0
     return step * card.data.batch_size // train_size > (step - 1) * card.data.batch_size // train_size
+
+
+def pictured(card: Card, train_size: int, step: int) -> bool:
+    """Whether the evaluation after ``step`` steps is drawn: of a run's PICTURED at most, evenly chosen, and the last."""
+
+    def evaluations(steps: int) -> int:
+        return steps // card.train.eval_every if card.train.eval_every else steps * card.data.batch_size // train_size
+
+    total = total_steps(card, train_size)
+    every = max(1, -(-evaluations(total) // PICTURED))
+    return card.train.pictures and (step == total or evaluations(step) % every == 0)
 
 
 def find_start(card: Card, info: DataInfo, checkpoints: Path | None) -> tuple[Path | None, int, list[str]]:

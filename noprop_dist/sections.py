@@ -163,6 +163,9 @@ class TrainCard(Section):
     """Steps between evaluations on the test set; 0: at each step that completes an epoch. There is always one at the end."""
     checkpoint_every: int = Field(500, ge=0)
     """Steps between checkpoints; 0: only at the end."""
+    pictures: bool = True
+    """Draw the model for TensorBoard at each evaluation, or at ten of a run's where there are more; at fewer where that would
+    take over a tenth of the run's time."""
     keep_checkpoints: int = Field(2, ge=1)
     """How many of the newest checkpoints stay on disk."""
     max_bad_steps: int = Field(10, ge=0)

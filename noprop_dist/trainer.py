@@ -29,9 +29,11 @@ from noprop_dist.parallel.relay import relay
 from noprop_dist.parallel.trace import gather_trace, own_record
 from noprop_dist.parallel.traffic import PeerError
 from noprop_dist.parallel.world import World
+from noprop_dist.report.board import PictureBoard
 from noprop_dist.report.console import log as report
-from noprop_dist.runs import Listener, Progress, RunFolder, evaluates, total_steps
+from noprop_dist.runs import Listener, Progress, RunFolder, evaluates, pictured, total_steps
 from noprop_dist.saving import Saver, recall, rescue
+from noprop_dist.viewing import Viewing
 
 
 class Trainer:
@@ -55,6 +57,7 @@ class Trainer:
             index: Learner(fresh_block(card, info, index, world.device), card.optim, self.total, card.train.max_bad_steps)
             for index in placement.ranges[world.rank]
         }
+        self.pictures = PictureBoard(folder.pictures, card, info)
         self.saver = Saver(world, placement, folder.checkpoints, card.train.keep_checkpoints)
 
     def run(self, start: int, checkpoint: Path | None) -> tuple[dict[str, Any], NoPropModel | None]:
@@ -89,7 +92,7 @@ class Trainer:
 
     def _run(self, start: int, checkpoint: Path | None) -> tuple[dict[str, Any], NoPropModel | None]:
         card, world = self.card, self.world
-        with self.begin(checkpoint) as log:
+        with self.begin(checkpoint) as log, contextlib.closing(self.pictures):
             saved = start
             owes = log.owes_evaluation() and start >= self._caught_up
             scores = self.evaluate(log) if owes else None
@@ -105,7 +108,7 @@ class Trainer:
                     scores = self.evaluate(log)
                 if (evaluate or save) and not last:
                     self._tell(log, checkpoint if save else None)
-            training = None if self.feed.stopped else self._score(self.feed.sample())
+            training, _ = (None, None) if self.feed.stopped else self._score(self.feed.sample())
             if self.feed.stopped:
                 log.pause()
                 log.flush()
@@ -209,16 +212,19 @@ class Trainer:
 
     def evaluate(self, log: RunLog) -> Scores | None:
         """The accuracies on the test set, on the coordinator; None where it was cut off. Every rank calls it."""
-        scores = self._score(self.feed.test())
+        view = pictured(self.card, self.info.train_size, self.world.step)
+        scores, viewing = self._score(self.feed.test(), view=view)
         if scores is not None:
             log.scores(scores)
+        if viewing is not None:
+            self.pictures.show(self.world.step, viewing, last=self.world.step == self.total)
         return scores
 
-    def _score(self, batches: Iterator[Batch]) -> Scores | None:
-        """The accuracies of the chain as it is now, as :meth:`evaluate` gives them."""
+    def _score(self, batches: Iterator[Batch], *, view: bool = False) -> tuple[Scores | None, Viewing | None]:
+        """The accuracies of the chain as it is now, as :meth:`evaluate` gives them, and what is to be seen."""
         blocks = {index: cast(Block, learner.inference) for index, learner in self.blocks.items()}
         labels = cast(LabelSpace, self.labels.inference)
         segment = Segment(self.card, blocks, self.seen.newest(labels), self.pixels)
         with self.world.traffic.spans.during("evaluation", self.world.step):
-            scores = relay(self.card, self.world, self.placement, segment, labels, batches)
-        return None if self.feed.stopped else scores
+            found = relay(self.card, self.world, self.placement, segment, labels, batches, view=view)
+        return (None, None) if found is None or self.feed.stopped else found

@@ -36,7 +36,7 @@ def small_card(tmp_path: Path) -> Callable[..., Card]:
         settings: dict[str, dict[str, Any]] = {
             "data": {"batch_size": 32, "augment": "crop"},
             "model": {"blocks": 4},
-            "train": {"steps": 6, "log_every": 2, "checkpoint_every": 3, "eval_every": 3},
+            "train": {"steps": 6, "log_every": 2, "checkpoint_every": 3, "eval_every": 3, "pictures": False},
             "inference": {"batch_size": 100},
             "parallel": {"timeout": 60, "threads": 1},
             "run": {"dir": str(tmp_path / "runs"), "name": "run"},

@@ -74,7 +74,7 @@ def make_card(variant: str, folder: Path) -> Card:
     settings: dict[str, dict[str, Any]] = {
         "data": {"batch_size": 16, "augment": "crop"},
         "model": {"blocks": 4, "backbone": "mlp"},
-        "train": {"steps": STEPS, "log_every": 2, "checkpoint_every": 4, "eval_every": 6},
+        "train": {"steps": STEPS, "log_every": 2, "checkpoint_every": 4, "eval_every": 6, "pictures": False},
         "inference": {"batch_size": 180},
         "parallel": {"timeout": 30, "threads": 1},
         "run": {"dir": str(folder), "name": "run"},

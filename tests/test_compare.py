@@ -17,6 +17,7 @@ from noprop_dist.report.curves import draw_curves
 
 COMPARE = [sys.executable, "-m", "noprop_dist.compare"]
 QUICK = ["--train.steps", "6", "--train.eval_every", "2", "--data.batch_size", "32", "--parallel.threads", "1"]
+QUICK += ["--train.pictures", "false"]
 
 
 def run(*arguments: str, cwd: Path, expect: int = 0, **env: str) -> subprocess.CompletedProcess[str]:

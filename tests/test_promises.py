@@ -18,6 +18,7 @@ from noprop_dist.data import open_data
 from noprop_dist.files import pack
 from noprop_dist.launcher import resolve
 from noprop_dist.parallel.feed import message_size
+from noprop_dist.viewing import HEADER, IMAGES
 
 DIGITS, TRAIN, TEST = (1, 8, 8), 1437, 360
 
@@ -209,7 +210,7 @@ def watch(card: Card, init_method: str) -> tuple[Any, list[tuple[str, int, np.nd
 def test_what_is_broadcast_is_pixels_and_values_of_the_label_space_never_a_gradient(small_card, on_ranks, name):
     settings = {section: dict(values) for section, values in METHODS[name].items()}
     settings["model"] = settings.get("model", {}) | {"blocks": 4}
-    card = small_card(**settings)
+    card = small_card(**settings, train={"pictures": True})
 
     def watched(rank: int, init_method: str) -> Any:
         from noprop_dist.trainer import Trainer
@@ -245,7 +246,7 @@ def test_what_is_broadcast_is_pixels_and_values_of_the_label_space_never_a_gradi
 
 
 def test_only_allowed_messages_cross_and_every_byte_is_counted(small_card, on_ranks):
-    card = small_card()
+    card = small_card(train={"pictures": True})
     ranks, steps, blocks = 4, 6, 4
     info = open_data(card.data).info
     parameters = {tuple(p.shape) for p in NoPropModel(resolve(card, info), info).blocks.parameters()}
@@ -264,8 +265,9 @@ def test_only_allowed_messages_cross_and_every_byte_is_counted(small_card, on_ra
     assert counted["batches"] == trained + (ranks - 1) * evaluated
     assert results[0][0]["bytes_per_step"] == trained / steps
     hops = ranks  # three down the chain, one back to the coordinator
-    assert counted["latents"] == hops * (2 * TEST + TRAIN) * 10 * 4 * 3  # float32, three paths
     others = blocks - 1
+    seen = 2 * others * 4 * (HEADER + 2 * 2 * IMAGES * 10)  # at both evaluations: z and û of some images, on two paths
+    assert counted["latents"] == hops * (2 * TEST + TRAIN) * 10 * 4 * 3 + seen  # float32, three paths
     logs, figures, checkpoints = 3, 5, 2  # loss, accuracy, gradient norm, updates skipped in all and in a row
     own = 4 * (ranks - 1)  # seconds of training and of waiting, bytes sent and those for training
     scalars = 8 * logs * (figures * others + own) + len(passes) * 8 * others + checkpoints * 32 * others

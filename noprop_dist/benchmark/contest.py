@@ -58,7 +58,7 @@ def endless(card: Card) -> Card:
     """The card, for steps without end, evaluation or checkpoint: the benchmark says when. For all contenders alike the learning
     rate is constant, without clipping and moving average."""
     plain = {"schedule": "constant", "warmup_steps": 0, "clip_norm": 0.0, "ema": 0.0}
-    return change(card, train={"steps": 10**9, "eval_every": 10**9, "checkpoint_every": 0}, optim=plain)
+    return change(card, train={"steps": 10**9, "eval_every": 10**9, "checkpoint_every": 0, "pictures": False}, optim=plain)
 
 
 def contenders(card: Card, ranks: int) -> dict[str, Job]:

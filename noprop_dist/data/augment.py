@@ -33,6 +33,7 @@ class Pixels:
         crop, flip = RandomCropEach(max(1, min(info.shape[1:]) // 8)), RandomFlipEach()
         steps = {"none": [v2.Identity()], "crop": [crop], "crop-flip": [crop, flip]}
         self._augment = v2.Compose(steps[resolve_augment(card)])
+        self._info = info
         self._normalise = v2.Compose(
             [
                 v2.ToDtype(torch.float32, scale=True),
@@ -53,6 +54,11 @@ class Pixels:
         """uint8 (B, C, H, W) -> float32 (x/255 - mean) / std, per channel."""
         result: Tensor = self._normalise(images)
         return result
+
+    def pictures(self, values: Tensor) -> Tensor:
+        """The way back, of normalised pixels float32 (…, C·H·W): uint8 (…, C, H, W), cut off at black and white."""
+        mean, std = (values.new_tensor(each)[:, None, None] for each in (self._info.mean, self._info.std))
+        return ((values.view(*values.shape[:-1], *self._info.shape) * std + mean) * 255).round().clamp(0, 255).to(torch.uint8)
 
 
 # torchvision's own RandomCrop and RandomHorizontalFlip draw once for a whole batch.

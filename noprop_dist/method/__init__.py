@@ -1,10 +1,9 @@
 """The mathematics: pure tensors, no ranks, no files, no printing."""
 
-from noprop_dist.config import LOCAL_METHODS, Card
-from noprop_dist.method.base import Chain, Method
+from noprop_dist.config import Card
+from noprop_dist.method.base import Method
 from noprop_dist.method.diffusion import Diffusion
 from noprop_dist.method.discrete import Discrete
-from noprop_dist.method.endtoend import EndToEnd
 from noprop_dist.method.flow import Flow
 
 
@@ -15,8 +14,3 @@ def make_method(card: Card) -> Method:
     if card.method.name == "fm":
         return Flow(card.method, card.inference, card.model.blocks, anchored=card.model.embedding != "one-hot")
     return Discrete(card.method, card.model.blocks)
-
-
-def make_chain(card: Card) -> Chain:
-    """How the card's blocks, or its baseline's network, are walked at inference."""
-    return make_method(card) if card.method.name in LOCAL_METHODS else EndToEnd()

@@ -33,6 +33,13 @@ class Draw(NamedTuple):
     weight: Tensor | float
 
 
+class Level(NamedTuple):
+    """The forward process at one time: z ~ N(signal·u_y, variance·I)."""
+
+    signal: float
+    variance: float
+
+
 class Chain(Protocol):
     """How paths walk through blocks at inference."""
 
@@ -66,6 +73,10 @@ class Method(Chain, Protocol):
     ) -> Tensor | float:
         """What a block's loss holds beside the squared distance; scalar. ``head_loss`` is −log p̂_out(y|z) of z (B, d), averaged
         over the batch, the head being a constant of the step."""
+        ...
+
+    def level(self, time: float, gamma: Gamma | None = None) -> Level:
+        """Of z at a time from 0 to 1; t/T for DT."""
         ...
 
     def final_latent(self, u: Tensor, gamma: Gamma | None = None) -> Tensor:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from noprop_dist.config import InferenceCard, MethodCard
-from noprop_dist.method.base import Denoise, Denoising, Draw, Gamma, HeadLoss, Noise, gaussian_prior_loss
+from noprop_dist.method.base import Denoise, Denoising, Draw, Gamma, HeadLoss, Level, Noise, gaussian_prior_loss
 from noprop_dist.method.intervals import Intervals
 from noprop_dist.method.schedule import LearnedSchedule, Schedule, posterior, rise
 from noprop_dist.method.solve import Walk, integrate
@@ -29,6 +29,12 @@ class Diffusion(Denoising):
         z = _noised(seen, level[:, None])
         weight = self._card.eta / 2 * width * slope if self._card.loss_weight == "snr" else torch.ones_like(slope)
         return Draw(z, time, u, weight)
+
+    @torch.no_grad()
+    def level(self, time: float, gamma: Gamma | None = None) -> Level:
+        """√ᾱ_t, 1−ᾱ_t."""
+        value = (gamma or self._schedule.gamma)(torch.tensor(time))
+        return Level(float(torch.sigmoid(-value).sqrt()), float(torch.sigmoid(value)))
 
     def extra_loss(
         self, output: Tensor, draw: Draw, u: Tensor, head_loss: HeadLoss, gamma: Gamma | None = None

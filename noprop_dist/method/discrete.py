@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from noprop_dist.config import MethodCard
-from noprop_dist.method.base import Denoise, Denoising, Draw, Gamma, HeadLoss, Noise, gaussian_prior_loss
+from noprop_dist.method.base import Denoise, Denoising, Draw, Gamma, HeadLoss, Level, Noise, gaussian_prior_loss
 from noprop_dist.method.schedule import Schedule, posterior, snr
 
 
@@ -32,6 +32,11 @@ class Discrete(Denoising):
     def draw(self, index: int, u: Tensor, seen: Tensor, gamma: Gamma | None = None) -> Draw:
         """Block t = index + 1 reads z_{t-1}; its term of eq 8 is (T/2)·η·(SNR(t)−SNR(t−1))·‖û−u‖²."""
         return Draw(self.noised(index, seen, torch.randn_like(seen)), None, u, self._weight[index])
+
+    def level(self, time: float, gamma: Gamma | None = None) -> Level:
+        """√ᾱ_t, 1−ᾱ_t."""
+        alpha_bar = float(self.alpha_bar[round(time * self.blocks)])
+        return Level(alpha_bar**0.5, 1 - alpha_bar)
 
     def extra_loss(
         self, output: Tensor, draw: Draw, u: Tensor, head_loss: HeadLoss, gamma: Gamma | None = None

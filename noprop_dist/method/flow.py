@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from noprop_dist.config import InferenceCard, MethodCard
-from noprop_dist.method.base import Denoise, Draw, Gamma, HeadLoss, Noise
+from noprop_dist.method.base import Denoise, Draw, Gamma, HeadLoss, Level, Noise
 from noprop_dist.method.intervals import Intervals
 from noprop_dist.method.solve import Walk, integrate
 
@@ -37,6 +37,10 @@ class Flow:
         """z̃_1 = z_t + (1−t)·v, where the velocity leads if it stays as it is."""
         assert time is not None
         return z + (1 - (time[:, None] if time.ndim else time)) * output
+
+    def level(self, time: float, gamma: Gamma | None = None) -> Level:
+        """t, (1−t)²+σ²."""
+        return Level(time, (1 - time) ** 2 + self._card.sigma**2)
 
     def extra_loss(
         self, output: Tensor, draw: Draw, u: Tensor, head_loss: HeadLoss, gamma: Gamma | None = None

@@ -26,10 +26,14 @@ class Rows:
         return rows if self.is_coordinator else []
 
 
-def gather_rows(world: World, mine: Tensor, lengths: Sequence[int]) -> Rows:
-    """Start sending this rank's row (1-d, on the CPU); ``lengths`` are those of all ranks. Nobody waits until ``Rows.wait``."""
-    wire, step = world.wires["scalars"], world.step
+def gather_rows(world: World, mine: Tensor, lengths: Sequence[int], kind: str = "scalars") -> Rows:
+    """Start sending this rank's row (1-d, on the CPU); ``lengths`` are those of all ranks. Nobody waits until ``Rows.wait``.
+
+    ``kind``: of message; rows without numbers are not sent.
+    """
+    wire, step = world.wires[kind], world.step
     if world.rank != COORDINATOR:
-        return Rows([wire.send(mine, COORDINATOR, step)], False)
-    others = [wire.receive(torch.empty(lengths[rank], dtype=mine.dtype), rank, step) for rank in range(1, world.size)]
+        return Rows([wire.send(mine, COORDINATOR, step)] if len(mine) else [], False)
+    empty = [torch.empty(length, dtype=mine.dtype) for length in lengths]
+    others = [wire.receive(row, rank, step) if len(row) else Pending(row) for rank, row in enumerate(empty) if rank]
     return Rows([Pending(mine), *others], True)

@@ -1,4 +1,4 @@
-"""The curves of a comparison as a picture: test accuracy against epochs and against seconds of training."""
+"""Curves as pictures: a comparison's test accuracy against epochs and seconds of training, and all that a run measured."""
 
 from __future__ import annotations
 
@@ -6,11 +6,17 @@ import statistics
 from collections.abc import Mapping, Sequence
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from noprop_dist.report.drawing import COLOURS, draw, save
+from noprop_dist.chain import PATHS
+from noprop_dist.report.drawing import COLOURS, draw, save, shades
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 STYLES = [(colour, dashes) for dashes, colour in product(("-", "--", ":", "-."), COLOURS)]
+Line = Mapping[int, float]
+"""Values by step."""
 
 
 def draw_curves(entries: Sequence[Mapping[str, Any]], path: Path) -> None:
@@ -69,3 +75,37 @@ def _points(entry: Mapping[str, Any]) -> list[dict[str, float]]:
             }
         )
     return points
+
+
+def run_curves(losses: Mapping[int, Line], guesses: Mapping[int, Line], chain: Mapping[str, Line]) -> Figure:
+    """Of a run: each block's loss, the test accuracy of each block's û, and that of the chain by each of PATHS."""
+    panels = {"loss of each block": losses, "test accuracy of each block's û, %": guesses}
+    panels = {title: lines for title, lines in panels.items() if lines}
+
+    def paint(figure: Any) -> None:
+        axes = figure.subplots(1, len(panels) + 1, sharex=True, squeeze=False)[0]
+        for ax, (title, lines) in zip(axes, panels.items(), strict=False):
+            every = -(-len(lines) // 10)
+            for (index, line), shade in zip(lines.items(), shades(len(lines)), strict=True):
+                label = str(index) if index % every == 0 else None
+                _plot(ax, line, 100 if lines is guesses else 1, color=shade, linewidth=1.2, label=label)
+            ax.set_title(title)
+        if losses and all(value > 0 for line in losses.values() for value in line.values()):
+            axes[0].set_yscale("log")
+        for path, colour, dashes in zip(PATHS, COLOURS, ("-", "--", ":"), strict=False):
+            _plot(axes[-1], chain.get(path, {}), 100, color=colour, linestyle=dashes, label=path)
+        axes[-1].set_title("test accuracy of the chain, %")
+        axes[-1].legend()
+        for ax in axes:
+            ax.set(xlabel="step", xlim=(0, None))
+            ax.locator_params(axis="x", nbins=5, integer=True)
+        if panels:
+            handles, labels = axes[0].get_legend_handles_labels()
+            figure.legend(handles, labels, title="block", loc="outside left center", handlelength=1)
+
+    return draw(10, 3.2, paint)
+
+
+def _plot(ax: Any, line: Line, scale: float, **look: Any) -> None:
+    marker = "o" if len(line) < 15 else ""
+    ax.plot(sorted(line), [scale * line[step] for step in sorted(line)], marker=marker, markersize=3, **look)

@@ -8,6 +8,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from noprop_dist.files import write
 
 if TYPE_CHECKING:
@@ -33,17 +36,27 @@ STYLE: dict[Any, Any] = {
 }
 
 
-def draw(width: float, height: float, paint: Callable[[Any], None]) -> Figure:
-    """A figure of so many inches that ``paint`` fills, in the program's style."""
+def draw(width: float, height: float, paint: Callable[[Any], None], *, arrange: bool = True) -> Figure:
+    """A figure of so many inches that ``paint`` fills, in the program's style; without ``arrange`` it places them itself."""
     import matplotlib
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(width, height), dpi=150, layout="constrained")
+        figure = Figure(figsize=(width, height), dpi=150, layout="constrained" if arrange else None)
         FigureCanvasAgg(figure)  # no pyplot: it keeps figures, and may ask for a screen
         paint(figure)
+        if arrange:  # once, for it takes longer than drawing
+            figure.draw_without_rendering()
+            figure.set_layout_engine("none")
     return figure
+
+
+def shades(count: int) -> list[Any]:
+    """So many colours from first to last, of SEQUENTIAL but its palest."""
+    from matplotlib import colormaps
+
+    return [colormaps[SEQUENTIAL](0.9 * index / max(1, count - 1)) for index in range(count)]
 
 
 def render(figure: Figure, kind: str = "png") -> bytes:
@@ -53,6 +66,19 @@ def render(figure: Figure, kind: str = "png") -> bytes:
     return buffer.getvalue()
 
 
+def pixels(figure: Figure, dpi: int) -> NDArray[np.uint8]:
+    """The picture as it stands, (H, W, 3)."""
+    figure.set_dpi(dpi)
+    canvas = figure.canvas
+    canvas.draw()
+    return np.asarray(canvas.buffer_rgba())[..., :3].copy()  # type: ignore[attr-defined]
+
+
 def save(figure: Figure, path: Path) -> None:
     """Write a picture of the kind that its name ends in. Raises UserError on a disk's refusal."""
     write(path, render(figure, path.suffix[1:]))
+
+
+def shorten(name: str, most: int = 12) -> str:
+    """A class name that fits beside an axis."""
+    return name if len(name) <= most else f"{name[: most - 1]}…"

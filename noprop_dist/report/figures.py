@@ -1,4 +1,4 @@
-"""Pictures of what a model does, from plain arrays: denoising, confusion, paths, embeddings."""
+"""Pictures of what a model does and is: confusion, paths of z, embeddings, prototypes, schedules."""
 
 from __future__ import annotations
 
@@ -7,199 +7,224 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
-from noprop_dist.report.drawing import COLOURS, SEQUENTIAL, draw
+from noprop_dist.config import Card
+from noprop_dist.method.base import Level
+from noprop_dist.method.intervals import cuts
+from noprop_dist.method.schedule import Schedule, posterior, snr
+from noprop_dist.report.drawing import COLOURS, SEQUENTIAL, draw, shorten
+from noprop_dist.viewing import WATCHED, Course
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-SHOWN = 10
-"""Classes in a heat map of beliefs, at most: those most believed in."""
-RIGHT, WRONG = COLOURS[2], COLOURS[1]
+MOST_CLASSES = 100
+"""Classes in a table or a plane, at most."""
 
 
-def denoising(
-    images: Tensor, beliefs: Tensor, classes: Sequence[str], steps: Sequence[str], labels: Tensor | None = None
-) -> Figure:
-    """From noise to a label: beside each picture the probability of every class at every step.
+def confusion(named: Tensor, classes: Sequence[str]) -> Figure:
+    """How often images of each class (row) were named each class (column); the worst mistakes above.
 
-    Args:
-        images: uint8 (N, C, H, W).
-        beliefs: probabilities (N, K, m).
-        classes: their m names.
-        steps: names of the K steps; the last one's belief is the answer.
-        labels: the right classes (N,), marked where they are known.
+    ``named``: int64 (2, M), the right classes and the answers. Of more than MOST_CLASSES those most often confused are drawn.
     """
-    columns = min(2, len(images))
-    rows = math.ceil(len(images) / columns)
-    tall = max(1.0, 0.17 * min(SHOWN, len(classes)) + 0.45)
-
-    def paint(figure: Any) -> None:
-        grid = figure.add_gridspec(rows, 2 * columns, width_ratios=[1.0, 2.6] * columns)
-        for number, (image, belief) in enumerate(zip(images, beliefs, strict=True)):
-            row, column = divmod(number, columns)
-            left, right = (figure.add_subplot(grid[row, 2 * column + side]) for side in (0, 1))
-            answer = int(belief[-1].argmax())
-            label = None if labels is None else int(labels[number])
-            show_picture(left, image)
-            colour = "black" if label is None else RIGHT if label == answer else WRONG
-            truth = "" if label in (None, answer) else f", is {shorten(classes[label])}"
-            left.set_title(f"{shorten(classes[answer])} {float(belief[-1, answer]):.0%}{truth}", color=colour, fontsize=9)
-            mesh = show_beliefs(right, belief, classes, steps if row == rows - 1 else (), label)
-        figure.colorbar(mesh, ax=figure.axes, label="probability", shrink=min(1.0, 2 / rows + 0.2), pad=0.01)
-        figure.supxlabel("what each step believes, from noise (left) to label", fontsize=9)
-
-    return draw(5 * columns, tall * rows + 0.4, paint)
-
-
-def show_picture(ax: Any, image: Tensor) -> None:
-    """A uint8 (C, H, W) picture without axes."""
-    pixels = image.permute(1, 2, 0).numpy()
-    ax.imshow(pixels.squeeze(-1) if pixels.shape[-1] == 1 else pixels, cmap="gray", vmin=0, vmax=255, interpolation="nearest")
-    ax.axis("off")
-
-
-def show_beliefs(
-    ax: Any, belief: Tensor, classes: Sequence[str], steps: Sequence[str], label: int | None = None, scale: float = 1.0
-) -> Any:
-    """A heat map of probabilities (K, m), classes upwards; a triangle points to the right one."""
-    chosen = list(range(len(classes)))
-    if len(classes) > SHOWN:
-        peaks = belief.max(dim=0).values
-        peaks[belief[-1].argmax()] = 2
-        if label is not None:
-            peaks[label] = 2
-        chosen = sorted(peaks.topk(SHOWN).indices.tolist())
-    mesh = ax.imshow(belief[:, chosen].T.numpy(), aspect="auto", vmin=0, vmax=1, cmap=SEQUENTIAL, interpolation="nearest")
-    ax.grid(False)
-    ax.set_yticks(range(len(chosen)), [shorten(classes[index]) for index in chosen], fontsize=7 * scale)
-    every = math.ceil(len(steps) / 10) or 1
-    ax.set_xticks(range(0, len(steps), every), list(steps)[::every], fontsize=7 * scale)
-    if not steps:
-        ax.set_xticks([])
-    if label is not None:
-        ax.get_yticklabels()[chosen.index(label)].set(color=RIGHT, fontweight="bold")
-    return mesh
-
-
-def confusion(counts: Tensor, classes: Sequence[str]) -> Figure:
-    """How often pictures of each class (row) were named each class (column), from counts (m, m); the worst mistakes beneath."""
-    table = counts.numpy()
-    shares = table / np.maximum(1, table.sum(axis=1, keepdims=True))
-    small = len(classes) <= 20
-    side = 6.0 if small else 8.0
+    truth, answers = named
+    mistakes = named[:, truth != answers]
+    chosen = torch.arange(len(classes))
+    if len(classes) > MOST_CLASSES:
+        chosen = mistakes.flatten().bincount(minlength=len(classes)).topk(MOST_CLASSES // 2).indices.sort().values
+    places = torch.full((len(classes),), -1)
+    places[chosen] = torch.arange(len(chosen))
+    rows, columns = places[named][:, (places[named] >= 0).all(dim=0)]
+    table = (rows * len(chosen) + columns).bincount(minlength=len(chosen) ** 2).view(len(chosen), -1).numpy()
+    shares = table / truth.bincount(minlength=len(classes))[chosen].clamp(min=1)[:, None].numpy()
+    shown = [classes[index] for index in chosen.tolist()]
+    small = len(shown) <= 15
+    side = 5.6 if small else 7.0
+    right = truth.numel() - mistakes.shape[1]
 
     def paint(figure: Any) -> None:
         ax = figure.subplots()
-        mesh = ax.imshow(shares, cmap=SEQUENTIAL, vmin=0, vmax=1, interpolation="nearest")
-        ax.grid(False)
+        mesh = _table(ax, shares, shown, 0, 1)
         figure.colorbar(mesh, ax=ax, label="share of its class", shrink=0.8)
-        every = 1 if small else math.ceil(len(classes) / 25)
-        names = [shorten(name) for name in classes[::every]]
-        ax.set_xticks(range(0, len(classes), every), names, rotation=90 if max(map(len, names)) > 3 else 0)
-        ax.set_yticks(range(0, len(classes), every), names)
         ax.set(xlabel="named", ylabel="is")
-        if small:
-            for (row, column), count in np.ndenumerate(table):
-                if count:
-                    dark = shares[row, column] < 0.6
-                    ax.text(column, row, count, ha="center", va="center", fontsize=7, color="white" if dark else "black")
-        right = int(np.trace(table))
-        ax.set_title(f"{right:,} of {int(table.sum()):,} right ({right / max(1, table.sum()):.2%}){_worst(table, classes)}")
+        for (row, column), count in np.ndenumerate(table) if small else ():
+            if count:
+                colour = "white" if shares[row, column] < 0.6 else "black"
+                ax.text(column, row, count, ha="center", va="center", fontsize=7, color=colour)
+        part = f", the {len(shown)} classes most often confused" if len(shown) < len(classes) else ""
+        title = f"{right:,} of {truth.numel():,} right ({right / truth.numel():.2%}){part}"
+        ax.set_title(f"{title}\n{_worst(mistakes, classes)}".rstrip(), fontsize=9)
 
-    return draw(side, side * 0.92, paint)
-
-
-def _worst(table: Any, classes: Sequence[str]) -> str:
-    wrong = table * (1 - np.eye(len(table), dtype=table.dtype))
-    order = np.argsort(-wrong, axis=None, kind="stable")[:3]
-    places = [np.unravel_index(place, wrong.shape) for place in order]
-    found = [f"{shorten(classes[row])} as {shorten(classes[column])} {wrong[row, column]}×" for row, column in places]
-    found = [text for text, (row, column) in zip(found, places, strict=True) if wrong[row, column]]
-    return f"\nmost often: {', '.join(found)}" if found else ""
+    return draw(side, side * 0.9, paint)
 
 
-def paths(
-    routes: Sequence[Sequence[Any]], labels: Sequence[int], embedding: Any, classes: Sequence[str], kinds: Sequence[str]
-) -> Figure:
-    """How z travels to its class: paths in the plane, a panel for each kind (mean path, stochastic chain).
+def _worst(mistakes: Tensor, classes: Sequence[str]) -> str:
+    pairs, counts = torch.unique(mistakes, dim=1, return_counts=True)
+    order = counts.argsort(descending=True, stable=True)[:3].tolist()
+    found = [" as ".join(shorten(classes[index]) for index in pairs[:, place].tolist()) for place in order]
+    texts = [f"{pair} {int(counts[place])}×" for pair, place in zip(found, order, strict=True)]
+    return f"most often: {', '.join(texts)}" if texts else ""
 
-    Args:
-        routes: for each kind, for each image, its points (K, 2).
-        labels: the images' classes.
-        embedding: the class embeddings in the same plane (m, 2).
+
+def _table(ax: Any, values: Any, names: Sequence[str], low: float, high: float) -> Any:
+    """A heat map of classes by classes; of many, some names stand beside it."""
+    ax.grid(False)
+    mesh = ax.imshow(values, cmap=SEQUENTIAL, vmin=low, vmax=high, interpolation="nearest")
+    every = math.ceil(len(names) / 30)
+    some = [shorten(name) for name in names[::every]]
+    size = 8 if len(names) <= 15 else 6.5
+    ax.set_xticks(range(0, len(names), every), some, rotation=90 if max(map(len, some)) > 3 else 0, fontsize=size)
+    ax.set_yticks(range(0, len(names), every), some, fontsize=size)
+    return mesh
+
+
+def paths(course: Course, embedding: Tensor, classes: Sequence[str], most: int = 4) -> Figure:
+    """How z travels to its class, on the mean path and on a stochastic chain, with the class embeddings W (m, d).
+
+    Shows ``most`` images, of a class each, in the linear projection that puts these classes' embeddings on a circle. (Principal
+    components of z would show its noise, and those of W are any two where embeddings are orthogonal.)
     """
+    assert course.labels is not None
+    first = {label: number for number, label in reversed([*enumerate(course.labels.tolist())])}
+    shown = sorted(first)[:most]
+    angles = torch.arange(len(shown), dtype=torch.float64) * (2 * math.pi / len(shown)) + math.pi / 4
+    circle = torch.stack([angles.cos(), angles.sin()], dim=1)
+    to_plane = torch.linalg.pinv(embedding[shown].double()) @ circle
+    routes = course.z[:, [first[label] for label in shown]].double() @ to_plane
+    titles = {"mean": "mean path: from z = 0", "stochastic": "stochastic chain: from noise"}
 
     def paint(figure: Any) -> None:
-        axes = figure.subplots(1, len(kinds), sharex=True, sharey=True, squeeze=False)[0]
-        for ax, kind, lines in zip(axes, kinds, routes, strict=True):
-            for points, label in zip(lines, labels, strict=True):
-                colour = COLOURS[label % len(COLOURS)]
-                ax.plot(points[:, 0], points[:, 1], "-", color=colour, linewidth=1, alpha=0.6)
-                ax.scatter(points[1:-1, 0], points[1:-1, 1], s=7, color=colour, linewidth=0)
-                ax.scatter(*points[0], s=16, facecolor="white", edgecolor=colour, zorder=3)
-                ax.scatter(*points[-1], s=26, color=colour, marker="s", zorder=3)
-            ax.scatter(embedding[:, 0], embedding[:, 1], marker="*", s=70, color="0.35", zorder=2, linewidth=0)
-            for index, name in enumerate(classes if len(classes) <= 30 else ()):
-                ax.annotate(
-                    shorten(name), embedding[index], xytext=(5, 5), textcoords="offset points", fontsize=9, fontweight="bold",
-                    color=COLOURS[index % len(COLOURS)],
-                )  # fmt: skip
-            ax.set_title(kind)
+        axes = figure.subplots(1, len(WATCHED))
+        for ax, kind, lines in zip(axes, WATCHED, routes, strict=True):
+            for points, label, place, colour in zip(lines, shown, embedding[shown].double() @ to_plane, COLOURS, strict=False):
+                ax.plot(*points.T, "-", color=colour, linewidth=1.2, alpha=0.8)
+                ax.scatter(*points[1:-1].T, s=8, color=colour, linewidth=0)
+                ax.scatter(*points[0], s=30, facecolor="white", edgecolor=colour, zorder=3)
+                ax.scatter(*points[-1], s=30, color=colour, marker="s", zorder=3)
+                ax.scatter(*place, marker="*", s=150, color=colour, zorder=4, edgecolor="white", linewidth=0.6)
+                ax.annotate(shorten(classes[label]), place, xytext=(7, 5), textcoords="offset points", fontsize=11,
+                            color=colour, fontweight="bold", zorder=5)  # fmt: skip
+            ax.set(title=titles[kind], xticks=[], yticks=[])
             ax.set_aspect("equal", "datalim")
-            ax.set_xlabel("first direction")
-        axes[0].set_ylabel("second direction")
-        figure.supxlabel("○ start   ● after each step   ■ end   ★ class embeddings W", fontsize=9)
+            ax.margins(0.12)
+        note = "linear projection that puts these W on a circle"
+        figure.supxlabel(f"○ start   • after each step   ■ end   ★ class embedding W        {note}", fontsize=9)
 
-    return draw(5 * len(kinds), 5.2, paint)
+    return draw(9, 4.6, paint)
 
 
-def embeddings(plane: Any, distances: Any, classes: Sequence[str]) -> Figure:
-    """Class embeddings W: side by side in the plane of t-SNE (m, 2), and their Euclidean distances (m, m)."""
+def embeddings(embedding: Tensor, classes: Sequence[str]) -> Figure:
+    """Class embeddings W (m, d): side by side in the plane of t-SNE, and their Euclidean distances; of many, the first ones."""
+    from sklearn.manifold import TSNE
+
+    shown = list(classes)[:MOST_CLASSES]
+    points = embedding[: len(shown)].double()
+    distances = torch.cdist(points, points).numpy()
+    start = "pca" if min(points.shape) > 2 else "random"
+    plane = TSNE(perplexity=min(30.0, (len(shown) - 1) / 3), init=start, random_state=0).fit_transform(points.numpy())
 
     def paint(figure: Any) -> None:
         left, right = figure.subplots(1, 2)
-        left.scatter(plane[:, 0], plane[:, 1], s=22, color=COLOURS[0])
-        size = 9 if len(classes) <= 20 else 6
-        for point, name in zip(plane, classes, strict=True):
-            left.annotate(shorten(name), point, xytext=(3, 3), textcoords="offset points", fontsize=size)
-        left.set(title="t-SNE", xticks=[], yticks=[])
-        left.margins(0.12)
-        mesh = right.imshow(distances, cmap=SEQUENTIAL, vmin=0, interpolation="nearest")
-        right.grid(False)
-        right.set_title("distance between embeddings")
-        every = math.ceil(len(classes) / 25)
-        names = [shorten(name) for name in classes[::every]]
-        right.set_xticks(range(0, len(classes), every), names, rotation=90 if max(map(len, names)) > 3 else 0, fontsize=7)
-        right.set_yticks(range(0, len(classes), every), names, fontsize=7)
+        left.scatter(*plane.T, s=22, color=COLOURS[0], linewidth=0)
+        for point, name in zip(plane, shown, strict=True):
+            left.annotate(
+                shorten(name), point, xytext=(3, 3), textcoords="offset points", fontsize=9 if len(shown) <= 20 else 6
+            )
+        left.set(title="t-SNE of W", xticks=[], yticks=[])
+        left.grid(False)
+        left.margins(0.14)
+        off = distances[~np.eye(len(shown), dtype=bool)]
+        mesh = _table(right, distances, shown, off.min(), off.max())
+        right.set_title(f"distances between rows of W: {off.min():.2f} to {off.max():.2f}", fontsize=9)
         figure.colorbar(mesh, ax=right, shrink=0.8)
+        if len(shown) < len(classes):
+            figure.suptitle(f"the first {len(shown)} of {len(classes)} classes", fontsize=9)
 
-    return draw(10, 4.6, paint)
+    return draw(9, 4.2, paint)
 
 
-def prototypes(before: Any, after: Any, classes: Sequence[str]) -> Figure:
-    """Prototype embeddings as pictures (m, H, W, C), values 0 to 1: the medoids they began as, and what they are now."""
+def prototypes(before: Tensor | None, after: Tensor, classes: Sequence[str]) -> Figure:
+    """Prototype embeddings as pictures, uint8 (m, C, H, W): the medoids that they began as, where known, and what they are."""
     count = min(len(classes), 20)
     columns = min(count, 10)
     bands = math.ceil(count / columns)
+    kinds = [("medoid", before), ("now", after)] if before is not None else [("now", after)]
 
     def paint(figure: Any) -> None:
-        axes = figure.subplots(2 * bands, columns, squeeze=False)
+        axes = figure.subplots(len(kinds) * bands, columns, squeeze=False)
         for ax in axes.flat:
             ax.axis("off")
         for index in range(count):
             band, column = divmod(index, columns)
-            for row, pictures in enumerate((before, after)):
-                ax = axes[2 * band + row, column]
-                ax.imshow(pictures[index].squeeze(), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+            for row, (kind, pictures) in enumerate(kinds):
+                ax = axes[len(kinds) * band + row, column]
+                image = pictures[index].permute(1, 2, 0).numpy()
+                ax.imshow(image.squeeze(-1) if image.shape[-1] == 1 else image, cmap="gray", vmin=0, vmax=255,
+                          interpolation="nearest")  # fmt: skip
                 if row == 0:
-                    ax.set_title(shorten(classes[index]), fontsize=9)
-        figure.suptitle("above: the medoids that they began as; below: after training", fontsize=9)
+                    ax.set_title(shorten(classes[index]), fontsize=8)
+                if column == 0:
+                    ax.text(-0.12, 0.5, kind, transform=ax.transAxes, rotation=90, va="center", ha="right", fontsize=8)
+        if count < len(classes):
+            figure.suptitle(f"the first {count} of {len(classes)} classes", fontsize=9)
 
-    return draw(10, 2.3 * bands + 0.4, paint)
+    return draw(9, (0.86 * len(kinds) + 0.2) * bands + 0.15, paint)
 
 
-def shorten(name: str, most: int = 12) -> str:
-    """A class name that fits beside an axis."""
-    return name if len(name) <= most else f"{name[: most - 1]}…"
+def schedule(card: Card, gamma: Tensor | None, start: Tensor | None) -> Figure:
+    """How the signal rises: ᾱ and SNR over time, DT's a, b and √c too.
+
+    ``gamma`` and ``start``: a learned schedule, now and at its start, (2, P) times and γ.
+    """
+    method, blocks = card.method, card.model.blocks
+    discrete = method.name == "dt"
+    lines: list[tuple[str, str, Any, Any, Any]] = []  # name, style, times, ᾱ, SNR
+    if discrete:
+        levels = Schedule(method).levels(blocks)
+        lines.append((method.schedule, "-", torch.arange(blocks + 1), levels, snr(levels)))
+    elif method.name == "fm":
+        times = torch.linspace(0, 0.99, 100)
+        level = [Level(float(time), float((1 - time) ** 2 + method.sigma**2)) for time in times]
+        signal, variance = torch.tensor(level).T
+        lines.append(("flow", "-", times, signal**2, signal**2 / variance))
+    elif gamma is None:
+        times = torch.linspace(0, 1, 100)
+        lines.append((method.schedule, "-", times, *_levels(Schedule(method).gamma(times))))
+    else:
+        lines += [("at its start", "--", start[0], *_levels(start[1]))] if start is not None else []
+        lines.append(("learned", "-", gamma[0], *_levels(gamma[1])))
+
+    def paint(figure: Any) -> None:
+        axes = figure.subplots(1, 3 if discrete else 2)
+        for number, (name, style, times, alpha_bar, ratio) in enumerate(lines):
+            look: dict[str, Any] = {"color": COLOURS[len(lines) - 1 - number], "linestyle": style, "label": name}
+            look |= {"marker": "o", "markersize": 3.5} if discrete and blocks <= 30 else {}
+            axes[0].plot(times, alpha_bar, **look)
+            axes[1].plot(times, ratio.clamp(min=1e-6), **look)
+        axes[0].set(title="signal t²" if method.name == "fm" else "signal level ᾱ", ylim=(-0.03, 1.03))
+        axes[1].set(title="signal-to-noise ratio", yscale="log")
+        if discrete:
+            steps = range(1, blocks + 1)
+            a, b, c = posterior(levels)
+            for (name, values), colour in zip(
+                {"a, of û": a, "b, of z": b, "√c, of ε": c.sqrt()}.items(), COLOURS, strict=False
+            ):
+                axes[2].plot(steps, values[1:], color=colour, marker="o" if blocks <= 30 else "", markersize=3.5, label=name)
+            axes[2].set(title="z = a·û + b·z + √c·ε", ylim=(-0.03, 1.03))
+            axes[2].legend()
+        for ax in axes:
+            ax.set_xlabel("t" if discrete else "time")
+            for end in cuts(method, blocks)[1:-1] if not discrete else ():
+                ax.axvline(end, color="0.75", linewidth=0.8, linestyle=":")
+        if len(lines) > 1:
+            axes[0].legend()
+        if not discrete and blocks > 1:
+            figure.supxlabel("dotted: where one block's time ends and the next one's begins", fontsize=8)
+
+    return draw(9, 3.0, paint)
+
+
+def _levels(gamma: Tensor) -> tuple[Tensor, Tensor]:
+    return torch.sigmoid(-gamma), torch.exp(-gamma)

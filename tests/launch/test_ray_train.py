@@ -28,7 +28,7 @@ def settings(steps: int) -> dict[str, dict]:
     return {
         "data": {"batch_size": 32, "augment": "crop"},
         "model": {"blocks": 2, "embedding": "learned"},
-        "train": {"steps": steps, "checkpoint_every": 4, "eval_every": steps, "log_every": 4},
+        "train": {"steps": steps, "checkpoint_every": 4, "eval_every": steps, "log_every": 4, "pictures": False},
         "run": {"name": "mine"},
     }
 

@@ -18,6 +18,7 @@ from noprop_dist.cards import load_card
 
 TUNE = [sys.executable, str(Path(__file__).parents[2] / "launch/ray_tune.py")]
 SMALL = ["--model.blocks", "1", "--data.batch_size", "200", "--train.epochs", "6", "--parallel.threads", "1"]
+SMALL += ["--train.pictures", "false"]
 
 
 def test_a_search_ends_what_falls_behind_and_leaves_a_table_and_the_best_card(cluster, tmp_path, monkeypatch):

@@ -21,6 +21,7 @@ from noprop_dist.train import main as train
 from noprop_dist.trained import load
 
 SETTINGS = "--data.name npz --data.root a.npz --data.batch_size 8 --model.blocks 2 --train.steps 2 --train.checkpoint_every 1"
+SETTINGS += " --train.pictures false"
 RUN = Path("runs/mine")
 NEWEST = RUN / "checkpoints/step-00000002"
 MANIFEST, BLOCK, LABELS = NEWEST / "manifest.json", NEWEST / "block-01.safetensors", NEWEST / "labels.safetensors"
