@@ -141,6 +141,15 @@ def test_names_from_a_disk_cannot_leave_their_place():
     }
 
 
+def test_a_fleet_is_not_taken_for_one_rank(small_card):
+    folder = small_card().run.dir / "run"
+    folder.mkdir(parents=True)
+    (folder / "fleet.jsonl").write_text("{}\n")
+    train(small_card(train={"steps": 1}))
+    text = (folder / "model/README.md").read_text()
+    assert ", a fleet of workers, torch " in text and "1 rank" not in text
+
+
 def test_a_class_of_ones_own_is_asked_for():
     assert "own class `mine:Net`" in describe(Card(model={"backbone": "mine:Net"}), INFO, 1)
     assert "own class" not in describe(Card(), INFO, 1)
