@@ -45,8 +45,9 @@ def timeline(trace: Mapping[str, Any]) -> Figure:
     bars = {rank: _bars(events, rank) for rank in ranks}
     shares = {rank: [(e["ts"], e["args"]) for e in events if e["ph"] == "C" and e["pid"] == rank] for rank in ranks}
     steps, begin, end = _window(bars)
-    shown = {rank: [bar for bar in bars[rank] if bar.begin < end and bar.end > begin] for rank in ranks}
-    seen = {bar.what for each in shown.values() for bar in each if bar.end - bar.begin > (end - begin) / 1000}
+    shown = {rank: [bar for bar in bars[rank] if bar.begin < end and bar.end >= begin] for rank in ranks}
+    least = (end - begin) / 1000
+    seen = {bar.what for each in shown.values() for bar in each if bar.what == "sending" or bar.end - bar.begin > least}
     seen |= {what for each in shares.values() for _, row in each for what in row if row[what] > 0.01}
     zero = min(ts for each in shares.values() for ts, _ in each)
 
@@ -72,14 +73,17 @@ def timeline(trace: Mapping[str, Any]) -> Figure:
             ax.tick_params(axis="y", length=0)
             ax.spines["left"].set_visible(False)
         for what in (each for each in LOOKS if each in seen):
-            below.barh(0, 0, color=LOOKS[what], label="sending, until found complete" if what == "sending" else what)
+            below.barh(
+                0, 0, color=LOOKS[what], label="sending (line: batches, until found complete)" if what == "sending" else what
+            )
         figure.legend(loc="outside lower center", ncols=len(LOOKS))
 
     return draw(10, 2.0 + 0.84 * max(1.5, len(ranks)), paint)
 
 
 def _bars(events: Iterable[Mapping[str, Any]], rank: int) -> list[Bar]:
-    """What a rank did, waited for and sent."""
+    """What a rank did, waited for and sent; of a message from rank to rank, when it left (it may have arrived long before the
+    rank found out)."""
     bars, open_ends = [], dict[str, Mapping[str, Any]]()
     for event in events:
         if event["pid"] != rank:
@@ -90,7 +94,8 @@ def _bars(events: Iterable[Mapping[str, Any]], rank: int) -> list[Bar]:
             open_ends[event["id"]] = event
         elif event["ph"] == "e":
             start = open_ends.pop(event["id"])
-            bars.append(Bar("sending", start["args"]["step"], start["ts"], event["ts"]))
+            broadcast = start["args"]["kind"] in ("batches", "labels")
+            bars.append(Bar("sending", start["args"]["step"], start["ts"], event["ts"] if broadcast else start["ts"]))
     return bars
 
 
@@ -114,11 +119,12 @@ def _window(bars: Mapping[int, Sequence[Bar]]) -> tuple[tuple[int, int], float, 
         last = max(step for step in steps if step < first + count)
         return (first, last), min(each[first][0] for each in spans), max(each[last][1] for each in spans)
 
-    def unlike(choice: tuple[int, int]) -> tuple[bool, int, float]:
-        """How far from what is wanted: nothing between its steps, many, in the middle."""
+    def unlike(choice: tuple[int, int]) -> tuple[int, int, float]:
+        """How far from what is wanted: in the middle half with nothing between its steps, many, in the very middle."""
         (first, last), begin, end = window(*choice)
-        between = any(begin < each < end for each in other)
-        return between, first - last, abs((first + last) / 2 - (steps[0] + steps[-1]) / 2)
+        off = abs((first + last) / 2 - (steps[0] + steps[-1]) / 2)
+        wrong = (off > (steps[-1] - steps[0]) / 4) + any(begin < each < end for each in other)
+        return wrong, first - last, off
 
     return window(*min(product(steps, STEPS), key=unlike))
 

@@ -7,6 +7,7 @@ import os
 import re
 import signal
 import sys
+import threading
 import traceback
 
 import pytest
@@ -152,11 +153,23 @@ def test_processes_that_read_pictures_write_without_waiting_for_the_board():
             patch.setattr("sys.stdout", file)
             patch.setattr("sys.stderr", file)
             lanes = [screen.Lane(0, range(2), [0.5, 0.5], [0.1, 0.2])]
-            with screen.Screen(0, 10, lanes) as board, board._live._lock:  # the board's thread is at work
+            with screen.Screen(0, 10, lanes) as board:
+                held, done = threading.Event(), threading.Event()
+
+                def hold() -> None:  # as the board's own thread does at work
+                    with board._live._lock:
+                        held.set()
+                        done.wait()
+
+                threading.Thread(target=hold).start()
+                held.wait()
                 if not (child := os.fork()):
+                    signal.alarm(20)
                     print("a picture is odd", file=sys.stderr)
                     os._exit(0)
-                assert os.waitpid(child, 0)[1] == 0
+                status = os.waitpid(child, 0)[1]
+                done.set()
+                assert status == 0
         file.close()
     assert found.lines[0] == "a picture is odd"
     assert [line.split()[0] for line in found.lines if line] == ["a", "stopped", "rank", "0", "no"]
