@@ -14,9 +14,8 @@ from noprop_dist import command
 from noprop_dist.cards import read_card
 from noprop_dist.config import Card, UserError
 from noprop_dist.model import NoPropModel
-from noprop_dist.parallel.world import choose_device, set_threads
 from noprop_dist.runs import differences
-from noprop_dist.trained import load, open_its_data
+from noprop_dist.trained import load, open_its_data, settle
 
 
 def main(argv: list[str]) -> None:
@@ -33,8 +32,7 @@ def main(argv: list[str]) -> None:
     model = models[0]
     if changed := differences(model.card.model_dump(mode="json"), card.model_dump(mode="json")):
         raise UserError(f"command line: this model cannot be evaluated with {'; '.join(changed)}; leave those out")
-    set_threads(card.parallel)
-    model.to(choose_device(card.parallel, 0, 1)[0])
+    settle(model, card.parallel)
     scores = model.evaluate(open_its_data(model, card.data.root).test, **card.inference.model_dump())
     accuracy = {"mean": scores.mean, "stochastic": scores.stochastic, "average": scores.average}
     path = card.inference.path

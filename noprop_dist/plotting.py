@@ -13,12 +13,13 @@ from noprop_dist import files
 from noprop_dist.chain import PATHS
 from noprop_dist.config import Card, UserError
 from noprop_dist.data import DataSet, Pixels, medoids
+from noprop_dist.hub import SHIPPED
 from noprop_dist.model import fresh_schedules
 from noprop_dist.report.curves import Line, run_curves
 from noprop_dist.report.drawing import render
 from noprop_dist.report.gallery import LeftOut, Scene, gallery, make_film
 from noprop_dist.runs import RunFolder
-from noprop_dist.trained import SHIPPED, Trained, open_its_data
+from noprop_dist.trained import Trained, open_its_data
 from noprop_dist.viewing import as_curve
 
 if TYPE_CHECKING:

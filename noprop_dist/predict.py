@@ -12,23 +12,23 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
+import signal
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
 from torch import Tensor
 
 from noprop_dist import command
 from noprop_dist.config import UserError
-from noprop_dist.data.picture import read_picture
+from noprop_dist.data.picture import endings, read_picture
 from noprop_dist.model import NoPropModel
-from noprop_dist.parallel.world import choose_device, set_threads
 from noprop_dist.report.denoising import denoising
 from noprop_dist.report.drawing import save
-from noprop_dist.trained import load
+from noprop_dist.trained import load, settle
 from noprop_dist.viewing import IMAGES
 
 
@@ -41,11 +41,9 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON list")
     parser.add_argument("--explain", type=picture_name, metavar="OUT", help="draw what every block believed (.png or .svg)")
     parser.add_argument("--as-is", action="store_true", help="take drawings as they are: not inverted, not centred")
-    arguments = parser.parse_args(argv)
-    model = load(arguments.model)
+    arguments = parser.parse_intermixed_args(argv)
+    model = settle(load(arguments.model))
     paths = list(_files(arguments.pictures))
-    set_threads(model.card.parallel)
-    model.to(choose_device(model.card.parallel, 0, 1)[0])
     found: list[dict[str, Any]] = []
     explained: list[Tensor] = []
     for some in _chunks(paths, model.card.inference.batch_size):
@@ -87,16 +85,11 @@ def picture_name(text: str) -> Path:
 
 
 def _files(paths: Sequence[Path]) -> Iterator[Path]:
-    """The files, and the pictures of the folders. Raises UserError for a folder without one."""
-    Image.init()
+    """The files, and the pictures of the folders; a folder without one as it is."""
+    names = endings()
     for path in paths:
-        if not path.is_dir():
-            yield path
-            continue
-        pictures = sorted(file for file in path.rglob("*") if file.suffix.lower() in Image.EXTENSION and file.is_file())
-        if not pictures:
-            raise UserError(f"{path}: no picture in this folder; name one that holds some, or a file")
-        yield from pictures
+        found = path.rglob("[!.]*") if os.path.isdir(path) else ()  # not Path's own, which raises for an overlong name
+        yield from sorted(file for file in found if file.suffix.lower() in names and file.is_file()) or [path]
 
 
 def _chunks(paths: Sequence[Path], size: int) -> Iterator[Sequence[Path]]:
@@ -129,11 +122,17 @@ def _show(answers: Sequence[dict[str, Any]], width: int) -> None:
     for answer in answers:
         if "error" in answer:
             sys.stdout.flush()
-            print(f"error: {answer['error']}", file=sys.stderr)
+            print(f"error: {_plain(answer['error'])}", file=sys.stderr)
         else:
             ranked = "   ".join(f"{each['class']} {each['confidence']:6.2%}" for each in answer["top"])
-            print(f"{answer['file']:<{width}}  {ranked}")
+            print(_plain(f"{answer['file']:<{width}}  {ranked}"))
+
+
+def _plain(text: str) -> str:
+    """One line, whatever a file's name holds: line breaks, a terminal's commands, bytes that are no UTF-8."""
+    return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in text)
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` is no mistake
     command.run(main)

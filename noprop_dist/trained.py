@@ -10,13 +10,13 @@ from torch import Tensor
 
 from noprop_dist.cards import explain, load_card, localised
 from noprop_dist.checkpoint import LABELS, MANIFEST, block_file, newest_whole, read_manifest
-from noprop_dist.config import UserError
+from noprop_dist.config import ParallelCard, UserError
 from noprop_dist.data import DataSet, open_data
 from noprop_dist.files import read, unpack
-from noprop_dist.hub import SHIPPED as SHIPPED
 from noprop_dist.hub import locate
 from noprop_dist.learner import inference_state
 from noprop_dist.model import CONFIG, NoPropModel
+from noprop_dist.parallel.world import choose_device, set_threads
 from noprop_dist.runs import RunFolder, trained_as
 
 
@@ -57,6 +57,16 @@ def find(name: str | Path) -> Trained:
     except UserError as error:
         raise UserError(f"{newest}: {error}") from None
     return _at_home(model, newest, RunFolder(newest.absolute().parents[1]))
+
+
+def settle(model: NoPropModel, card: ParallelCard | None = None) -> NoPropModel:
+    """The model itself, on this machine's device and threads, or on those that ``card`` asks for.
+
+    Raises UserError for a device that is not there.
+    """
+    card = card or ParallelCard()  # where it was trained says nothing of where it is used
+    set_threads(card)
+    return model.to(choose_device(card, 0, 1)[0])
 
 
 def _at_home(model: NoPropModel, place: Path, home: RunFolder) -> Trained:

@@ -9,14 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision.datasets import ImageFolder
-from torchvision.transforms import v2
 
 from noprop_dist.config import DataCard, UserError
 from noprop_dist.data.info import DataInfo, DataSet, moments
+from noprop_dist.data.picture import fit, open_picture, opened, unreadable
 from noprop_dist.interruption import SIGNALS
 
 MODES = {"1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "YCbCr"}
@@ -80,15 +79,11 @@ def open_folder(card: DataCard, root: Path) -> DataSet:
 
 
 def _open_half(path: Path, size: int) -> ImageFolder:
-    resize = v2.Compose([v2.Resize(size), v2.CenterCrop(size), v2.PILToTensor()])
-
-    def decode(file: str) -> Image.Image:
-        with Image.open(file) as picture:
-            picture.draft(None, (2 * size, 2 * size))  # large JPEGs at 1/2, 1/4 or 1/8: as good, in half the time
-            return picture.convert("RGB")
+    def decode(file: str) -> Tensor:
+        return fit(open_picture(file, 2 * size), (3, size, size))
 
     try:
-        return ImageFolder(path, transform=resize, loader=decode)
+        return ImageFolder(path, loader=decode)
     except FileNotFoundError as error:  # no class folder, or one without a picture: torchvision names it, at length
         what = str(error).split(". Supported")[0].rstrip(".")
         raise UserError(f"{path}: {what}; put pictures into a folder for each class, or remove empty ones") from None
@@ -107,20 +102,13 @@ def _check_headers(paths: Iterable[str]) -> None:
 def _mistake(path: str) -> str | None:
     """What its header tells against a picture; one that is cut short is found when its turn comes."""
     try:
-        with Image.open(path) as picture:
+        with opened(path) as picture:
             mode, stored = picture.mode, str(picture.tile)  # Pillow opens 16-bit colours as RGB, and cuts them off
     except Exception as error:
-        return _unreadable(path, error)
+        return unreadable(path, error)
     deep = mode.startswith(("I", "F")) or ";16" in stored
     depth = "more than 8 bits a channel" if deep else f"colours in {mode}"
     return None if mode in MODES and not deep else f"{path}: a picture of {depth}, not 8-bit grey or RGB; convert it"
-
-
-def _unreadable(path: str, error: Exception) -> str:
-    """A broken picture raises OSError, SyntaxError, struct.error, ..."""
-    why = getattr(error, "strerror", None) or str(error).split(" <")[0] or type(error).__name__
-    why = " ".join(why.replace(repr(path), "it").split())
-    return f"{path}: not a readable picture ({why}); replace or remove it"
 
 
 class _Pictures(Dataset[tuple[Tensor, Tensor]]):
@@ -139,8 +127,8 @@ class _Pictures(Dataset[tuple[Tensor, Tensor]]):
         for row in rows:
             try:
                 images.append(self._folder[row][0])
-            except Exception as error:
-                return _unreadable(self._folder.samples[row][0], error)
+            except UserError as error:
+                return str(error)
         return torch.stack(images), torch.tensor([self._folder.targets[row] for row in rows])
 
 

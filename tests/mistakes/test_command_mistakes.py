@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,8 @@ import yaml
 
 from noprop_dist import compare
 from noprop_dist.bench import main as bench
+from noprop_dist.demo import main as demo
+from noprop_dist.predict import main as predict
 from noprop_dist.train import main as train
 
 PYTHON = [sys.executable, "-m"]
@@ -174,3 +177,53 @@ def test_benchmarks(told, arguments, words):
 
 def test_blocks_are_not_balanced_where_there_are_none(told):
     told(("parallel.balance", "not to cnn"), train, "--method.name", "cnn", "--parallel.balance", "measured")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ([], ("required: model, PICTURE",)),
+        (["digits"], ("required: PICTURE",)),
+        (["nowhere", "x.png"], ("nowhere: no such folder", "one of digits, mnist")),
+        ([".", "x.png"], ("neither a model nor a checkpoint here", "name a run's folder or its model's")),
+        (["digits", "x.png", "--top", "0"], ("--top: '0' is no number from 1 on",)),
+        (["digits", "x.png", "--explain", "out.gif"], ("--explain: 'out.gif' does not end in .png or .svg",)),
+        (["digits", "x.png", "--jsno"], ("unrecognized arguments: --jsno",)),
+    ],
+)
+def test_pictures_to_be_named(told, arguments, words):
+    told(words, predict, *arguments)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["nowhere"], ("nowhere: no such folder", "one of digits, mnist")),
+        (["digits", "mnist"], ("unrecognized arguments: mnist",)),
+        (["--port", "many"], ("--port: 'many' is no port from 1024 to 65535",)),
+        (["--port", "80"], ("--port: '80' is no port from 1024 to 65535",)),
+        (["--port", "65536"], ("--port: '65536' is no port from 1024 to 65535",)),
+    ],
+)
+def test_pages(told, arguments, words):
+    told(words, demo, *arguments)
+
+
+def test_a_page_without_its_extra(told, monkeypatch):
+    keep_the_environment(monkeypatch)
+    monkeypatch.setitem(sys.modules, "gradio", None)
+    told(("demo: it needs gradio; pip install 'noprop_dist[demo]'",), demo, "digits")
+
+
+def test_a_page_at_a_port_that_is_taken(told, monkeypatch):
+    pytest.importorskip("gradio")
+    keep_the_environment(monkeypatch)
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        told((f"--port: {port} is taken; name another one",), demo, "digits", "--port", port)
+
+
+def keep_the_environment(monkeypatch):
+    """The page's command sets these for its own process, which here is that of all tests."""
+    for name in ("GRADIO_ANALYTICS_ENABLED", "GRADIO_TEMP_DIR", "NO_PROXY", "no_proxy"):
+        monkeypatch.setenv(name, "")
