@@ -114,7 +114,7 @@ def test_a_drawn_digit_is_answered_and_its_label_grows_out_of_nothing(page):
     answers(page, "7")
     blocks = page.locator("#beliefs tr:nth-child(2) th:not(:empty)")
     playwright.expect(blocks.last).to_have_class("now", timeout=PATIENCE)  # it has been played to the end
-    assert blocks.all_inner_texts() == ["1", "2", "3", "4"]
+    assert blocks.all_inner_texts() == ["0", "1", "2", "3"]  # as everywhere, blocks count from 0
     end = label_so_far(page)
     assert end.index(max(end)) == 7 and end[7] > 80
     steps = page.locator("#step input[type=range]")
