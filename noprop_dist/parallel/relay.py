@@ -77,13 +77,14 @@ def relay(
         finish()
     for message in sent:
         message.wait()
+    seen = sight.wait() if sight else None
 
     counts = torch.tensor([tally.blocks.get(index, 0) for index in placement.ranges[rank]])
     rows = gather_rows(world, counts, [len(owned) for owned in placement.ranges]).wait()
     if rank != COORDINATOR or not tally.seen:  # asked to stop before the first batch
         return None
     tally.blocks = dict(enumerate(torch.cat(rows).tolist()))
-    return tally.scores(segment.guessing), sight.develop(labels, tally) if sight else None
+    return tally.scores(segment.guessing), sight.develop(labels, tally, *seen) if sight and seen else None
 
 
 class Sight:
@@ -104,9 +105,12 @@ class Sight:
         lengths = [self.witness.length(owned) for owned in ranges]
         self._records = gather_rows(world, self.witness.record, lengths, "latents")
 
-    def develop(self, labels: LabelSpace, tally: Tally) -> Viewing:
+    def wait(self) -> tuple[list[Tensor], list[Tensor]]:
+        """Until all has gone out. On the coordinator all ranks' records and learned schedules; nothing elsewhere."""
+        return self._records.wait(), self._gammas.wait()
+
+    def develop(self, labels: LabelSpace, tally: Tally, records: list[Tensor], gammas: list[Tensor]) -> Viewing:
         """On the coordinator, after the last batch."""
         assert self.ends is not None
-        images, truth = self._batch
-        course = self.witness.develop(labels, images, truth, torch.cat(self._records.wait()), self.ends)
-        return Viewing.of(self._card, labels, torch.cat(self._gammas.wait()), course, tally)
+        course = self.witness.develop(labels, *self._batch, torch.cat(records), self.ends)
+        return Viewing.of(self._card, labels, torch.cat(gammas), course, tally)

@@ -42,7 +42,7 @@ def denoising(course: Course, classes: Sequence[str], path: str = "mean", most: 
     row = WATCHED.index(path)
     count, shown = min(most, len(course.images)), min(SHOWN, len(classes))
     steps, strip = len(course.steps), _strip(course)
-    names = 0.12 + 0.062 * max(len(shorten(name)) for name in classes)
+    names = 0.12 + 0.066 * max(len(shorten(name)) for name in classes)
     band, left, gap, top, bottom = max(0.62, 0.098 * shown), 0.1, 0.28, 0.62, 0.5
     picture = band * min(2.0, course.images.shape[3] / course.images.shape[2])
     begin = left + (picture + 0.08) * (1 + len(strip)) + names
@@ -78,10 +78,11 @@ def denoising(course: Course, classes: Sequence[str], path: str = "mean", most: 
                 said.set_yticks([])
                 _ticks(said, course.steps if last else [])
         discrete = _discrete(course)
-        for x, above, below in (
+        headings = [
             (begin, "what z tells of the class", "given to block" if discrete else "at time"),
             (begin + wide * (steps + 1) + 0.2, "what the block says (û)", "block" if discrete else "at time"),
-        )[: 2 if steps else 1]:  # fmt: skip
+        ]
+        for x, above, below in headings if steps else [(begin, "the answer", "")]:
             figure.text(x / width, 1 - (top - 0.08) / high, above, fontsize=9, fontweight="bold")
             figure.text(x / width, 0.1 / high, below, fontsize=8)
         if strip:
@@ -103,11 +104,11 @@ def film(course: Course, classes: Sequence[str], path: str = "stochastic", most:
     from PIL import Image
 
     row, count = WATCHED.index(path), min(most, len(course.images))
-    columns = min(3, count)
+    names = 0.12 + 0.066 * max(len(shorten(name)) for name in classes)
+    columns = min(3 if names < 0.6 else 2, count)
     rows, steps, shown = math.ceil(count / columns), len(course.steps), min(SHOWN, len(classes))
     width, tall = 8.0, 0.11 * shown + 0.22
     high = rows * tall + 0.75
-    names = 0.12 + 0.062 * max(len(shorten(name)) for name in classes)
     images = 1 + (course.pictures is not None)
     side = 0.11 * shown if images == 1 else 0.62
     cell = width / columns
@@ -121,6 +122,7 @@ def film(course: Course, classes: Sequence[str], path: str = "stochastic", most:
         figure.text(0.1 / width, 0.1 / high, "bars: what z tells of the class", fontsize=9, color=COLOURS[0])
         if steps:
             figure.text(2.7 / width, 0.1 / high, "○ what the last block said (û)", fontsize=9, color=COLOURS[1])
+            figure.text(1 - 0.1 / width, 0.1 / high, TITLES[path], fontsize=9, color="0.4", ha="right")
         discrete = _discrete(course)
         parts: list[Any] = []
         for number in range(count):

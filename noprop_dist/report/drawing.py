@@ -80,5 +80,5 @@ def save(figure: Figure, path: Path) -> None:
 
 
 def shorten(name: str, most: int = 12) -> str:
-    """A class name that fits beside an axis."""
-    return name if len(name) <= most else f"{name[: most - 1]}…"
+    """A class name that fits beside an axis: of a long one its beginning and its end."""
+    return name if len(name) <= most else f"{name[: most - 5]}…{name[-4:]}"
