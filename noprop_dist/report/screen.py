@@ -1,7 +1,8 @@
 """What a user sees while a run trains: on a terminal a live board, elsewhere a line now and then.
 
-The board costs training next to nothing: a thread draws it, as plain text, when something has changed, and takes at most a
-share COST of the time. The cursor stays visible, so whatever ends the process leaves a terminal that can be used.
+The board costs training next to nothing: it is plain text, drawn between steps, and takes at most a share COST of the time. A
+thread draws it only where no step has ended for a second: while steps go on, one that waits for a core with Python's lock in
+its hands would stop them. The cursor stays visible, so whatever ends the process leaves a terminal that can be used.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from rich.text import Text
 
 from noprop_dist.report.lanes import Lane, clock, span, table
 
-LEAST = 0.25  # seconds between two drawings
+LEAST, MOST = 0.25, 1.0  # seconds between two drawings
 COST = 1 / 300
 MINUTE = 60.0  # seconds between two lines where there is no terminal
 BAR = 8  # characters at least
@@ -46,7 +47,9 @@ class Screen:
         self._lanes, self._rate, self._verdict = list(lanes), math.nan, "no evaluation yet"
         self._phase, self._begin, self._spoke = "training", time.monotonic(), time.monotonic()
         self._made: tuple[Any, list[tuple[str, str]]] = (None, [])
-        self._closing = threading.Event()
+        self._drawn: Any = None
+        self._last = self._due = 0.0
+        self._drawing, self._closing = threading.Lock(), threading.Event()
 
     def __enter__(self) -> Screen:
         if self._is_live:
@@ -86,6 +89,8 @@ class Screen:
     def update(self, step: int) -> None:
         """So many steps are done."""
         self._step = step
+        if self._is_live and time.monotonic() >= self._due:
+            self._refresh()
 
     def show(self, step: int, lanes: Sequence[Lane], rate: float) -> None:
         """Figures of the log interval up to ``step``; ``rate``: samples a second."""
@@ -108,15 +113,25 @@ class Screen:
         self._console.print(line, markup=False, soft_wrap=True)
 
     def _keep_drawing(self) -> None:
-        pause, drawn = LEAST, None
-        while not self._closing.wait(pause):
+        while not self._closing.wait(MOST):
+            if time.monotonic() >= max(self._due, self._last + MOST):
+                self._refresh()
+
+    def _refresh(self) -> None:
+        """Draw the board, if something has changed and nobody is at it."""
+        if not self._drawing.acquire(blocking=False):
+            return
+        try:
             begin = time.thread_time()
             state = self._step, self._lanes, self._verdict, self._doing(), int(self._elapsed), self._console.size
             if STOPPING == self._doing() != self._phase:
                 self._step_aside()
-            if state != drawn:
+            if state != self._drawn:
                 self._draw()
-            pause, drawn = max(LEAST, (time.thread_time() - begin) / COST), state
+            self._drawn, self._last = state, time.monotonic()
+            self._due = self._last + max(LEAST, (time.thread_time() - begin) / COST)
+        finally:
+            self._drawing.release()
 
     def _step_aside(self) -> None:
         """What torchrun or other ranks say of a stop or a failure goes through the board: draw it anew below."""
