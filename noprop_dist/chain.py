@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import cast
@@ -95,7 +96,7 @@ class Segment:
 
             def denoise(z: Tensor, time: Tensor | None, block: Block = block, index: int = index) -> Tensor:
                 rows = features[index].repeat(len(z), 1)
-                times = None if time is None else time.expand(len(rows))
+                times = None if time is None else time.reshape(1)
                 with autocast(self._card.train, self.device):
                     output = block.denoise(z.flatten(0, 1), rows, self.embedding, times).view_as(z)
                 if watch is not None and self._method is not None:
@@ -129,8 +130,8 @@ def logits(card: Card, labels: LabelSpace, z: Tensor) -> Tensor:
 @torch.no_grad()
 def read_out(card: Card, labels: LabelSpace, paths: Tensor) -> Tensor:
     """Log-probabilities (3, B, m) from finished paths, in the order of PATHS; several stochastic chains are averaged."""
-    probabilities = logits(card, labels, paths).softmax(dim=-1)
-    return torch.stack([probabilities[0], probabilities[1:-1].mean(dim=0), probabilities[-1]]).log()
+    found = logits(card, labels, paths).log_softmax(dim=-1)  # finite, where the logarithm of a softmax need not be
+    return torch.stack([found[0], found[1:-1].logsumexp(dim=0) - math.log(len(found) - 2), found[-1]])
 
 
 @dataclass

@@ -245,3 +245,9 @@ def test_watching_shows_every_step_on_the_way_to_the_same_result(small_card, nam
     assert all(moment.z.shape == moment.estimate.shape == (2, 5, 10) for moment in seen)
     assert not seen[0].z[0].any(), "the mean path starts at 0"
     torch.testing.assert_close(model.beliefs(paths)[0], model(images).exp())
+
+
+def test_a_class_that_is_out_of_the_question_has_a_finite_log_probability(trained):
+    found = read_out(trained.card, trained.labels, 1e3 * torch.randn(4, 5, 10, generator=torch.Generator().manual_seed(0)))
+    assert found.isfinite().all() and found.min() < -200, "a float32's softmax is 0 there"
+    assert torch.allclose(found.exp().sum(dim=-1), torch.ones(3, 5))

@@ -4,6 +4,7 @@ Blocks have indices 0…K−1, as everywhere in this program; the paper's block 
 
 At inference several chains run side by side as *paths*, a float (1 + S + 1, B, d) tensor: row 0 is the mean path (z_0 = 0, no
 noise), rows 1…S are stochastic chains (the paper's), and the last row gathers the mean of all û along the stochastic chains.
+Where the mean path alone is wanted, S = 0.
 """
 
 from __future__ import annotations
@@ -105,6 +106,11 @@ def start(noise: Tensor) -> Tensor:
     """Paths before the first block, from standard normal noise (S, B, d)."""
     zero = torch.zeros_like(noise[:1])
     return torch.cat([zero, noise, zero])
+
+
+def over_chains(rows: Tensor) -> Tensor:
+    """The mean (1, B, d) over the stochastic chains of what belongs to all of them, (1 + S, B, d); 0 where S = 0."""
+    return rows[1:].mean(dim=0, keepdim=True) if len(rows) > 1 else torch.zeros_like(rows)
 
 
 def gaussian_prior_loss(u: Tensor, alpha_bar: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -79,18 +79,17 @@ def _noised(u: Tensor, gamma: Tensor) -> Tensor:
 
 def _ancestral(walk: Walk, gamma: Gamma, z: Tensor, grid: Tensor, noise: Noise, first: int) -> Tensor:
     levels = torch.sigmoid(-gamma(grid).detach().cpu().double())  # float32 would round neighbouring levels together
-    a, b, c = (values.tolist() for values in posterior(levels))
+    a, b, c = posterior(levels)
     for step in range(1, len(grid)):
         z = a[step] * walk(grid[step - 1], z) + b[step] * z
-        z[1:] += math.sqrt(c[step]) * noise(first + step)
+        if len(z) > 1:
+            z[1:] += c[step].sqrt() * noise(first + step)
     return z
 
 
 def _flow(walk: Walk, gamma: Gamma, time: Tensor, z: Tensor) -> Tensor:
     """dz/dt = −γ′/2·(√ᾱ·û − ᾱ·z), what carries every z_t = √ᾱ·u + √(1−ᾱ)·ε along with its ε kept."""
-    with torch.enable_grad():
-        at = time.detach().requires_grad_()
-        level = gamma(at)
-        slope = torch.autograd.grad(level, at)[0]
-    alpha_bar = torch.sigmoid(-level.detach())
+    at = time.to(z).reshape(1)  # of a scalar, torch would make the slope a float64
+    level, slope = cast(tuple[Tensor, Tensor], torch.func.jvp(gamma, (at,), (torch.ones_like(at),)))
+    alpha_bar = torch.sigmoid(-level)
     return (-slope / 2 * (alpha_bar.sqrt() * walk(time, z) - alpha_bar * z)).to(z.dtype)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from noprop_dist.config import MethodCard
-from noprop_dist.method.base import Denoise, Denoising, Draw, Gamma, HeadLoss, Level, Noise, gaussian_prior_loss
+from noprop_dist.method.base import Denoise, Denoising, Draw, Gamma, HeadLoss, Level, Noise, gaussian_prior_loss, over_chains
 from noprop_dist.method.schedule import Schedule, posterior, snr
 
 
@@ -62,6 +62,7 @@ class Discrete(Denoising):
             z = estimate
         else:
             z = self._a[t] * estimate + self._b[t] * z
-            z[1:] += self._sigma[t] * noise(t)
-        average = paths[-1:] + estimate[1:].mean(dim=0, keepdim=True) / last
+            if len(z) > 1:
+                z[1:] += self._sigma[t] * noise(t)
+        average = paths[-1:] + over_chains(estimate) / last
         return torch.cat([z, average]), estimate[0]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from noprop_dist.method.base import Denoise, Denoising, Gamma, Noise
+from noprop_dist.method.base import Denoise, Denoising, Gamma, Noise, over_chains
 
 
 class EndToEnd(Denoising):
@@ -16,4 +16,4 @@ class EndToEnd(Denoising):
     ) -> tuple[Tensor, Tensor]:
         """Every path from z_0 to z_T; û and the average are z_T itself."""
         z = denoise(paths[:-1], None).float()
-        return torch.cat([z, z[1:].mean(dim=0, keepdim=True)]), z[0]
+        return torch.cat([z, paths[-1:] + over_chains(z)]), z[0]

@@ -13,12 +13,15 @@ import torch
 from torch import Tensor, nn
 from torchdiffeq import odeint_adjoint
 
-from noprop_dist.config import Card, UserError
+from noprop_dist.config import Card, InferenceCard, UserError
+from noprop_dist.method.solve import integrate
 from noprop_dist.nets.backbones import Dropout, image_path
 from noprop_dist.nets.block import Block
 from noprop_dist.nets.labels import embedding_size
+from noprop_dist.nets.precision import full
 
 LIQUID_UNITS = 128
+HEUN = InferenceCard(solver="heun")
 
 
 class Backprop(nn.Module):
@@ -57,7 +60,7 @@ class Adjoint(Block):
     """
 
     velocity = Block.denoise
-    """v (B, d) at z (B, d) and times (B,)."""
+    """v (B, d) at z (B, d) and times (B,), or (1,) for all."""
 
     def __init__(self, card: Card, shape: tuple[int, int, int], classes: int) -> None:
         super().__init__(card, shape, classes)
@@ -72,14 +75,18 @@ class Adjoint(Block):
     def denoise(self, z: Tensor, features: Tensor, embedding: Tensor, time: Tensor | None = None) -> Tensor:
         """z(1) (B, d) of z(0) = z."""
         features = features.float()
-        # What v reads beside z and t: no part of the ODE's state, so that without being told torchdiffeq gives it no gradient.
-        inputs = [features, embedding, *(p for part in (self.label, self.time, self.fuse) for p in part.parameters())]
-        with torch.autocast(z.device.type, enabled=False):
+
+        def velocity(time: Tensor, z: Tensor) -> Tensor:
+            return self.velocity(z, features, embedding, time.to(z).reshape(1))
+
+        with full(z.device):
+            if not torch.is_grad_enabled():
+                return integrate(velocity, z, torch.linspace(0, 1, self._steps + 1, dtype=torch.float64), HEUN)
+            # What v reads beside z and t: no part of the ODE's state, so torchdiffeq gives it no gradient without being told.
+            inputs = [features, embedding, *(p for part in (self.label, self.time, self.fuse) for p in part.parameters())]
             times = torch.tensor([0.0, 1.0], device=z.device)  # with all steps' times, z would be kept at each
-            path: Tensor = odeint_adjoint(
-                lambda t, z: self.velocity(z, features, embedding, t.expand(len(z))),
-                z, times, method="heun2", options={"step_size": 1 / self._steps}, adjoint_params=inputs,
-            )  # fmt: skip
+            options = {"step_size": 1 / self._steps}
+            path: Tensor = odeint_adjoint(velocity, z, times, method="heun2", options=options, adjoint_params=inputs)
         return path[-1]
 
 

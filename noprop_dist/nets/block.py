@@ -12,6 +12,7 @@ from noprop_dist.config import Card
 from noprop_dist.method.schedule import LearnedSchedule
 from noprop_dist.nets.backbones import image_path
 from noprop_dist.nets.labels import embedding_size
+from noprop_dist.nets.precision import full
 
 TIME_FEATURES = 64
 
@@ -62,16 +63,16 @@ class Block(nn.Module):
     def denoise(self, z: Tensor, features: Tensor, embedding: Tensor, time: Tensor | None = None) -> Tensor:
         """û = softmax(logits)·W (FM: the velocity logits·W), float32 (B, d).
 
-        From z (B, d), features (B, width), W = embedding (m, d) and, for CT and FM, time (B,) in [0, 1].
+        From z (B, d), features (B, width), W = embedding (m, d) and, for CT and FM, time (B,) in [0, 1], or (1,) for all.
         """
         label = self.label(z)
         if self._timed:
             assert time is not None
-            paths = [features, label, self.time(positional(time))]
+            paths = [features, label, self.time(positional(time)).expand_as(features)]
         else:
             paths = [features, label + self.residual(label)]
         logits = self.fuse(torch.cat(paths, dim=1))
-        with torch.autocast(logits.device.type, enabled=False):
+        with full(logits.device):
             weights = logits.float()
             return cast(Tensor, (weights.softmax(dim=1) if self._mixes else weights) @ embedding)
 

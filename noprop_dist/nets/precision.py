@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import TypeVar
 
 import torch
@@ -12,9 +13,14 @@ from noprop_dist.config import TrainCard
 T = TypeVar("T", bound=Tensor | nn.Module)
 
 
-def autocast(card: TrainCard, device: torch.device) -> torch.autocast:
-    """bf16 autocast where the card asks for it; otherwise a context that does nothing."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=card.precision == "bf16")
+def autocast(card: TrainCard, device: torch.device) -> AbstractContextManager[object]:
+    """bf16 autocast where the card asks for it; otherwise float32."""
+    return torch.autocast(device.type, torch.bfloat16) if card.precision == "bf16" else full(device)
+
+
+def full(device: torch.device) -> AbstractContextManager[object]:
+    """float32, also within an autocast."""
+    return torch.autocast(device.type, enabled=False) if torch.is_autocast_enabled(device.type) else nullcontext()
 
 
 def lay_out(card: TrainCard, thing: T) -> T:
