@@ -156,13 +156,10 @@ def build(gr: Any, model: NoPropModel) -> Any:
 
         quiet = {"show_progress": "hidden", "trigger_mode": "always_last"}
         shown = [trouble, seen, answer, beliefs, course, steps, step]
-        playing = [again.click(play, course, [step, beliefs], **quiet)]
+        playing = gr.on([course.change, again.click], play, course, [step, beliefs], **quiet)
         for happens, widget, answered in ((paper.input, paper, drawn), (file.change, file, dropped)):
-            named = happens(answered, widget, shown, **quiet)
-            playing.append(named.then(play, course, [step, beliefs], **quiet))
-        for happens in (paper.input, file.change, step.input):  # what is played is then no longer what is looked at
-            happens(None, cancels=playing)
-        step.input(look, [course, step], beliefs, **quiet)
+            happens(None, cancels=playing).then(answered, widget, shown, **quiet)
+        step.input(None, cancels=playing).then(look, [course, step], beliefs, **quiet)
     return page
 
 
@@ -179,7 +176,7 @@ def believe(model: NoPropModel, image: Tensor, answer: list[float]) -> Beliefs:
 def draw(beliefs: Beliefs, classes: Sequence[str], step: int) -> str:
     """HTML after so many steps: what each of them said of every class (a row), and what the label has become."""
     told, best = beliefs.told[step], max(beliefs.told[-1])
-    peaks = [max(shares) for shares in zip(*beliefs.told[1:], *beliefs.said, strict=True)]
+    peaks = [max(shares) for shares in zip(beliefs.told[-1], *beliefs.said, strict=True)]
     chosen = sorted(sorted(range(len(classes)), key=lambda index: -peaks[index])[:SHOWN])
     rows = []
     for index in chosen:
@@ -196,10 +193,12 @@ def draw(beliefs: Beliefs, classes: Sequence[str], step: int) -> str:
         f'<th class="{"now" if number == step else ""}">{html.escape(name)}</th>'
         for number, name in enumerate(beliefs.steps, 1)
     )
+    wide = min(12, max(len(classes[index]) for index in chosen)) + 2
+    now = "the answer" if step == len(beliefs.steps) else "the label so far"
     said = f'<th colspan="{len(beliefs.steps)}">{beliefs.heading}</th>' if beliefs.steps else ""
     return (
-        f'<table class="beliefs"><tr><th></th>{said}<th>the label so far</th></tr><tr><th></th>{heads}<th></th></tr>'
-        f"{''.join(rows)}</table>"
+        f'<table class="beliefs"><tr><th style="width: {wide}ch"></th>{said}<th>{now}</th></tr>'
+        f"<tr><th></th>{heads}<th></th></tr>{''.join(rows)}</table>"
     )
 
 
@@ -258,19 +257,22 @@ CSS = """
     touch-action: none; cursor: crosshair; display: block }
 #paper p { display: flex; justify-content: space-between; margin: 8px 2px }
 #paper button { text-decoration: underline; cursor: pointer }
+#file .download { display: none }
 .seen { margin: 0; text-align: center }
 .seen img, .seen div { width: min(140px, 100%); margin: 0 auto; image-rendering: pixelated; border-radius: 6px }
 .seen div { aspect-ratio: 1; background: #8882 }
 .seen figcaption { font-size: 12px; opacity: .7; margin-top: 4px }
 .trouble { border-left: 4px solid #D55E00; padding: 8px 12px; background: #D55E0018 }
-.beliefs { width: 100%; border-collapse: separate; border-spacing: 3px; font-size: 13px }
-.beliefs th { font-weight: normal; padding: 1px 4px; text-align: center; white-space: nowrap }
-.beliefs tr:nth-child(2) th { max-width: 0; overflow: visible; font-size: 11px }
-.beliefs th:first-child { text-align: right; width: 1% }
-.beliefs td { background: #8882; height: 22px; padding: 0; min-width: 8px; border-radius: 3px; overflow: hidden }
+.beliefs { width: 100%; table-layout: fixed; border-collapse: separate; border-spacing: 3px; font-size: 13px }
+.beliefs th { font-weight: normal; padding: 1px 0; text-align: center }
+.beliefs tr:nth-child(2) th { font-size: 11px }
+@media (max-width: 640px) { .beliefs tr:nth-child(2) th { font-size: 9px } }
+.beliefs th:first-child { text-align: right; padding-right: 4px; overflow: hidden; text-overflow: ellipsis; text-wrap: nowrap }
+.beliefs th:last-child { width: 36% }
+.beliefs td { background: #8882; height: 22px; padding: 0; border-radius: 3px; overflow: hidden }
 .beliefs i { display: block; height: 22px; background: #0072B2 }
 .beliefs td.now, .beliefs th.now { box-shadow: 0 0 0 2px #E69F00 }
-.beliefs .bar { width: 36%; position: relative }
+.beliefs .bar { position: relative }
 .beliefs .bar b { position: absolute; inset: 0 auto 0 0; background: #E69F00 }
 .beliefs .bar span { position: absolute; right: 6px; top: 2px }
 .beliefs .best th, .beliefs .best span { font-weight: bold }

@@ -12,8 +12,12 @@ from urllib.parse import urlsplit
 
 import psutil
 import pytest
+import torch
 from pictures import BAD, ODD, digit, on_paper
 from test_rooms import SOURCES
+
+from noprop_dist import Card, NoPropModel, demo
+from noprop_dist.trained import load
 
 pytest.importorskip("gradio", reason="no gradio: pip install 'noprop_dist[demo]'")
 playwright = pytest.importorskip("playwright.sync_api", reason="no playwright")
@@ -58,9 +62,9 @@ def serve(watched, *argv):
 
 
 @pytest.fixture(scope="module")
-def address(watched):
-    with serve(watched) as (_, url):
-        yield url
+def served(watched):
+    with serve(watched) as (process, url):
+        yield process, url
 
 
 @pytest.fixture(scope="module")
@@ -72,14 +76,14 @@ def browser():
 
 
 @pytest.fixture
-def page(browser, address, tmp_path):
+def page(browser, served, tmp_path):
     """The page; afterwards it must have asked nobody but its own server, and shown no error of its scripts."""
     page = browser.new_page(viewport={"width": 1280, "height": 900})
     page.set_default_timeout(PATIENCE)
     asked, broken = [], []
     page.on("request", lambda request: asked.append(request.url))
     page.on("pageerror", lambda error: broken.append(error))
-    page.goto(address)
+    page.goto(served[1])
     yield page
     page.screenshot(path=tmp_path / "page.png", full_page=True)
     page.close()
@@ -155,26 +159,55 @@ def test_a_picture_file_is_answered_and_a_broken_one_told(page, tmp_path):
     answers(page, "9")
 
 
+@pytest.mark.parametrize(
+    ("method", "blocks", "steps"),
+    [("dt", 4, ["1", "2", "3", "4"]), ("dt", 15, ["1", "3", "5", "7", "9", "11", "13", "15"]), ("ct", 2, None), ("fm", 1, None),
+     ("cnn", 1, []), ("backprop", 3, [])],
+)  # fmt: skip
+def test_beliefs_grow_from_nothing_to_the_answer(method, blocks, steps):
+    model = NoPropModel(Card(method={"name": method}, model={"blocks": blocks}), load("digits").info)
+    image = torch.randint(0, 256, (1, 8, 8), dtype=torch.uint8)
+    beliefs = demo.believe(model, image)
+    assert beliefs.steps == steps if steps is not None else 5 <= len(beliefs.steps) <= demo.MOMENTS
+    assert (len(beliefs.told), len(beliefs.said)) == (len(beliefs.steps) + 1, len(beliefs.steps))
+    for shares in (*beliefs.told, *beliefs.said):
+        assert sum(shares) == pytest.approx(1, abs=1e-4)
+    assert beliefs.told[-1] == pytest.approx(model(image[None])[0].exp().tolist(), abs=1e-5)
+    for step in range(len(beliefs.told)):
+        table = demo.draw(beliefs, model.info.classes, step)
+        seen = [float(share) for share in re.findall(r"opacity: ([0-9.]+)", table)]
+        assert len(seen) == 10 * len(beliefs.steps)
+        assert sum(seen) == pytest.approx(step, abs=0.02), "what is not said yet is seen"
+
+
+def test_of_many_classes_those_most_believed_in_are_drawn_and_names_are_no_html():
+    names = [f"class <{number}>" for number in range(100)]
+    shares = torch.arange(100.0).softmax(0).tolist()
+    table = demo.draw(demo.Beliefs("by time", ["0"], [[0.01] * 100, shares], [shares]), names, 1)
+    assert re.findall("class &lt;([0-9]+)&gt;", table) == [str(number) for number in range(90, 100)]
+
+
 @browsed
 def test_on_a_phone_nothing_hangs_over_the_edge(page):
     page.set_viewport_size({"width": 390, "height": 844})
     draw(page, (0.5, 0.2), (0.5, 0.8))
     answers(page, "1")
     playwright.expect(page.locator("#beliefs table")).to_be_visible()
-    assert page.evaluate("document.documentElement.scrollWidth") <= 390
-
-
-def test_it_serves_this_machine_alone_asks_nobody_and_ends_quietly(watched):
-    with serve(watched, "digits") as (process, _):
-        listening = [at.laddr.ip for at in psutil.Process(process.pid).net_connections() if at.status == psutil.CONN_LISTEN]
-        assert listening == ["127.0.0.1"]
-        process.send_signal(signal.SIGINT)
-        assert process.communicate(timeout=60) == ("", "")
-        assert process.returncode == 0
-    assert not watched.exists(), watched.read_text()
+    table = page.locator("#beliefs table").bounding_box()
+    assert page.evaluate("document.documentElement.scrollWidth") <= 390 and table["x"] + table["width"] <= 390
 
 
 def test_gradio_is_imported_where_it_is_used_alone():
     for path in SOURCES:
         for node in ast.parse(path.read_text(encoding="utf-8")).body:
             assert "gradio" not in ast.unparse(node) or not isinstance(node, ast.Import | ast.ImportFrom), path
+
+
+def test_at_last_it_has_served_this_machine_alone_asked_nobody_and_ends_quietly(served, watched):
+    process, _ = served
+    listening = [at.laddr.ip for at in psutil.Process(process.pid).net_connections() if at.status == psutil.CONN_LISTEN]
+    assert listening == ["127.0.0.1"]
+    process.send_signal(signal.SIGINT)
+    assert process.communicate(timeout=60) == ("", "")
+    assert process.returncode == 0
+    assert not watched.exists(), watched.read_text()
