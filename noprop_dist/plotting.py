@@ -115,4 +115,7 @@ def _timeline(run: RunFolder | None) -> Figure:
     if trace is None or not trace.exists():
         raise LeftOut(f"no {trace}" if trace else "a model alone has no ranks; name its run")
     make: Callable[[Mapping[str, Any]], Figure] = importlib.import_module("noprop_dist.report.timeline").timeline
-    return make(files.read_json(trace))
+    try:
+        return make(files.read_json(trace))
+    except UserError as error:
+        raise LeftOut(str(error)) from None

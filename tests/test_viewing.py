@@ -170,7 +170,8 @@ def test_a_picture_that_fails_does_not_end_a_run(small_card, monkeypatch, capsys
     assert capsys.readouterr().err.count("no more pictures for TensorBoard: ValueError: no such colour") == 1
 
 
-def test_watching_changes_no_result(small_card):
+def test_watching_changes_no_result(small_card, monkeypatch):
+    monkeypatch.setattr(board.PictureBoard, "_show", lambda self, step, viewing: None)
     watched, blind = (
         train(small_card(train={"pictures": pictures}, run={"name": str(pictures)})).summary for pictures in (True, False)
     )
