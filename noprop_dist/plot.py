@@ -3,7 +3,7 @@
     python -m noprop_dist.plot RUN_OR_MODEL [--data.root DIR] [--inference.samples 5] [--out DIR]
 
 RUN_OR_MODEL as for evaluate. Pictures go to RUN/figures/, of a model without a run to MODEL/figures/, and to ./figures/NAME/
-where that folder cannot be written to or comes with the program. What cannot be drawn is told, with the reason.
+where that folder cannot be written to, comes with the program or from the hub. What cannot be drawn is told, with the reason.
 """
 
 from __future__ import annotations
@@ -14,10 +14,9 @@ from pathlib import Path
 from noprop_dist import command
 from noprop_dist.cards import read_card
 from noprop_dist.config import Card, UserError
-from noprop_dist.parallel.world import choose_device, set_threads
 from noprop_dist.plotting import default_folder, draw_all
 from noprop_dist.runs import differences
-from noprop_dist.trained import Trained, find
+from noprop_dist.trained import Trained, find, settle
 
 
 def main(argv: list[str]) -> None:
@@ -35,9 +34,8 @@ def main(argv: list[str]) -> None:
     trained, model = found[0], found[0].model
     if changed := differences(model.card.model_dump(mode="json"), card.model_dump(mode="json")):
         raise UserError(f"command line: this model cannot be drawn with {'; '.join(changed)}; leave those out")
-    set_threads(card.parallel)
-    model.to(choose_device(card.parallel, 0, 1)[0])
-    out = arguments.out or default_folder(trained)
+    settle(model, card.parallel)
+    out = arguments.out or default_folder(arguments.folder, trained)
     for line in draw_all(trained, out, card):
         print(line, flush=True)
 

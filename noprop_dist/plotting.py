@@ -13,7 +13,6 @@ from noprop_dist import files
 from noprop_dist.chain import PATHS
 from noprop_dist.config import Card, UserError
 from noprop_dist.data import DataSet, Pixels, medoids
-from noprop_dist.hub import SHIPPED
 from noprop_dist.model import fresh_schedules
 from noprop_dist.report.curves import Line, run_curves
 from noprop_dist.report.drawing import render
@@ -26,11 +25,11 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-def default_folder(trained: Trained) -> Path:
-    """Where the pictures of a model go, if nobody says."""
+def default_folder(name: str, trained: Trained) -> Path:
+    """Where the pictures of a model go that was found by this name, if nobody says."""
     home = trained.run.path if trained.run else trained.place
-    if SHIPPED in trained.place.parents or not os.access(home, os.W_OK):
-        return Path("figures") / home.absolute().name
+    if not Path(name).is_dir() or not os.access(home, os.W_OK):  # it comes with the program, or from the hub
+        return Path("figures") / Path(name).absolute().name
     return RunFolder(home).figures
 
 

@@ -81,7 +81,9 @@ def test_a_model_whose_data_are_not_there_says_so_and_draws_the_rest(small_card,
     main([str(tmp_path / "alone"), "--data.root", str(tmp_path / "elsewhere.npz"), "--out", str(tmp_path / "out")])
     assert drawn(tmp_path / "out") == ALWAYS | {"embeddings"}
     monkeypatch.setattr("os.access", lambda *_: False)
-    assert default_folder(find(tmp_path / "alone")) == Path("figures/alone"), "the folder cannot be written to"
+    assert default_folder(str(tmp_path / "alone"), find(tmp_path / "alone")) == Path("figures/alone"), (
+        "the folder cannot be written to"
+    )
 
 
 def test_a_shipped_model_is_drawn_beside_the_user_not_where_it_lies(tmp_path, capsys, monkeypatch):
