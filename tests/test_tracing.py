@@ -153,16 +153,29 @@ def test_of_times_of_which_something_is_forgotten_nothing_is_told():
     ]
 
 
-def test_a_picture_has_a_lane_for_every_rank_and_steps_from_the_middle(traced):
-    figure = timeline(traced[2])
+def test_a_picture_has_a_lane_for_every_rank_and_steps_from_the_middle_between_two_evaluations():
+    """Each step takes a second, of which rank 1 waits for a half; an evaluation of a second after step 19."""
+    at = [step + (step > 19) for step in range(40)]
+    training = [Span("training", "", step, at[step], at[step] + 1.0, 0) for step in range(40)]
+    waiting = [Span("waiting", "batches", step, at[step], at[step] + 0.5, 0) for step in range(40)]
+    evaluation = [Span("evaluation", "", 20, 20.0, 21.0, 0)]
+    overview = [[0.9] * 41, [0.0] * 41, [0.0] * 41, [0.1] * 41]
+    records = [
+        Record(0, training + evaluation, 0.0, 1.0, 0.0, overview),
+        Record(1, training + waiting + evaluation, 0.0, 1.0, 0.0, overview),
+    ]
+    figure = timeline(trace(records, place([1.0] * 4, 2)))
     above, below = figure.axes
     assert [label.get_text() for label in below.get_yticklabels()] == ["rank 0\nblocks 0-1", "rank 1\nblocks 2-3"]
     first, last = map(int, below.get_title(loc="left").split()[1].split("–"))
-    assert 0 <= first < last < 12 and last - first < 8
-    numbers = {int(text.get_text()) for text in below.texts}
-    assert numbers >= set(range(first, last + 1))
-    assert above.patches and {"training", "evaluation"} <= {text.get_text() for text in figure.legends[0].get_texts()}
-    assert render(figure).startswith(b"\x89PNG")
+    assert last - first == 7 and (first == 20 or last == 19), "as many as there may be, and next to the middle"
+    assert [int(text.get_text()) for text in below.texts] == [*range(first, last + 1)] * 2
+    assert len(above.patches) == 2 * 41 * 4 and below.get_xlim() == (0, 8000)
+    assert {text.get_text() for text in figure.legends[0].get_texts()} == {"training", "waiting"}
+
+
+def test_the_picture_of_a_real_run_can_be_drawn(traced):
+    assert render(timeline(traced[2])).startswith(b"\x89PNG")
 
 
 def test_a_trace_without_steps_is_refused_in_a_line():

@@ -119,12 +119,12 @@ def _window(bars: Mapping[int, Sequence[Bar]]) -> tuple[tuple[int, int], float, 
         last = max(step for step in steps if step < first + count)
         return (first, last), min(each[first][0] for each in spans), max(each[last][1] for each in spans)
 
-    def unlike(choice: tuple[int, int]) -> tuple[int, int, float]:
-        """How far from what is wanted: in the middle half with nothing between its steps, many, in the very middle."""
+    def unlike(choice: tuple[int, int]) -> tuple[bool, int, int, float]:
+        """How far from what is wanted: in the middle half, little between its steps, many, in the very middle."""
         (first, last), begin, end = window(*choice)
         off = abs((first + last) / 2 - (steps[0] + steps[-1]) / 2)
-        wrong = (off > (steps[-1] - steps[0]) / 4) + any(begin < each < end for each in other)
-        return wrong, first - last, off
+        between = sum(begin < each < end for each in other)
+        return off > (steps[-1] - steps[0]) / 4, between, first - last, off
 
     return window(*min(product(steps, STEPS), key=unlike))
 

@@ -147,30 +147,26 @@ def test_elsewhere_there_are_lines_and_one_a_minute_with_loss_speed_and_time_lef
 
 
 def test_processes_that_read_pictures_write_without_waiting_for_the_board():
-    with terminal(60) as found:
-        file = os.fdopen(os.dup(found.slave), "w")
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("sys.stdout", file)
-            patch.setattr("sys.stderr", file)
-            lanes = [screen.Lane(0, range(2), [0.5, 0.5], [0.1, 0.2])]
-            with screen.Screen(0, 10, lanes) as board:
-                held, done = threading.Event(), threading.Event()
+    with terminal(60) as found, os.fdopen(os.dup(found.slave), "w") as file, pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sys.stdout", file)
+        patch.setattr("sys.stderr", file)
+        with screen.Screen(0, 10, [screen.Lane(0, range(2), [0.5, 0.5], [0.1, 0.2])]) as board:
+            held, done = threading.Event(), threading.Event()
 
-                def hold() -> None:  # as the board's own thread does at work
-                    with board._live._lock:
-                        held.set()
-                        done.wait()
+            def hold() -> None:  # as the board's own thread does at work
+                with board._live._lock:
+                    held.set()
+                    done.wait()
 
-                threading.Thread(target=hold).start()
-                held.wait()
-                if not (child := os.fork()):
-                    signal.alarm(20)
-                    print("a picture is odd", file=sys.stderr)
-                    os._exit(0)
-                status = os.waitpid(child, 0)[1]
-                done.set()
-                assert status == 0
-        file.close()
+            threading.Thread(target=hold).start()
+            held.wait()
+            if not (child := os.fork()):
+                signal.alarm(20)
+                print("a picture is odd", file=sys.stderr)
+                os._exit(0)
+            status = os.waitpid(child, 0)[1]
+            done.set()
+            assert status == 0
     assert found.lines[0] == "a picture is odd"
     assert [line.split()[0] for line in found.lines if line] == ["a", "stopped", "rank", "0", "no"]
 
