@@ -20,6 +20,7 @@ noprop_dist.train = train  # the command's module, once imported, stands in the 
 LAUNCH = Path(__file__).parent / "launch"
 
 
+@pytest.hookimpl(tryfirst=True)  # xdist's own, which reads the groups, comes after
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """For ``--dist loadgroup``: a file's tests share its fixtures, so they stay together; those that start clusters, which take
     longest, come first, and not two at once."""
