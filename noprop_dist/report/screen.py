@@ -237,5 +237,5 @@ def _terminal(stream: TextIO) -> str:
     """The name of the terminal behind a stream; empty: none."""
     try:
         return os.ttyname(stream.fileno())
-    except (OSError, ValueError):  # no terminal; no file
+    except (AttributeError, OSError, ValueError):  # what stands in for a file, as under Ray Tune; no terminal; no file
         return ""

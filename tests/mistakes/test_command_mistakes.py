@@ -116,7 +116,10 @@ def run(*command: str, cwd: Path, expect: int) -> str:
     ("command", "message"),
     [
         ("train --modle.blocks 3", "command line: unknown setting modle.blocks; did you mean model.blocks?"),
-        ("evaluate nowhere", "nowhere: no such folder; name a run's folder, its model's, or one of digits, mnist"),
+        (
+            "evaluate nowhere",
+            "nowhere: no such folder; name a run's folder, its model's, one of digits, mnist, or the hub's owner/name",
+        ),
         ("compare missing.yaml", "missing.yaml: cannot read this card (No such file or directory); name a YAML file"),
     ],
 )
