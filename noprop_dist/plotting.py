@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import importlib
 import os
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from noprop_dist import files
 from noprop_dist.chain import PATHS
@@ -17,6 +16,7 @@ from noprop_dist.model import fresh_schedules
 from noprop_dist.report.curves import Line, run_curves
 from noprop_dist.report.drawing import render
 from noprop_dist.report.gallery import LeftOut, Scene, gallery, make_film
+from noprop_dist.report.timeline import timeline
 from noprop_dist.runs import RunFolder
 from noprop_dist.trained import Trained, open_its_data
 from noprop_dist.viewing import as_curve
@@ -113,8 +113,7 @@ def _timeline(run: RunFolder | None) -> Figure:
     trace = run.path / "trace.json" if run else None
     if trace is None or not trace.exists():
         raise LeftOut(f"no {trace}" if trace else "a model alone has no ranks; name its run")
-    make: Callable[[Mapping[str, Any]], Figure] = importlib.import_module("noprop_dist.report.timeline").timeline
     try:
-        return make(files.read_json(trace))
+        return timeline(files.read_json(trace))
     except UserError as error:
         raise LeftOut(str(error)) from None

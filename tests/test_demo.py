@@ -53,7 +53,9 @@ def serve(watched, *argv):
     path = os.pathsep.join([str(watched.parent), *filter(None, sys.path)])
     environment = os.environ | lures | proxies | {"WATCHED": str(watched), "PYTHONPATH": path}
     command = [sys.executable, "-m", "noprop_dist.demo", *argv]
-    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+    heard = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # noqa: E731 - a shell's background jobs ignore it
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, env=environment, preexec_fn=heard, **pipes) as process:
         try:
             said = process.stdout.readline()
             assert said, process.stderr.read()

@@ -97,7 +97,7 @@ def test_a_baseline_is_drawn_as_far_as_it_goes(small_card, capsys):
     card = small_card(method={"name": "cnn"}, model={"blocks": 1})
     train(card)
     main([str(card.run.dir / "run")])
-    assert drawn(card.run.dir / "run/figures") == {"curves", "confusion"}
+    assert drawn(card.run.dir / "run/figures") == {"curves", "confusion", "timeline"}
     assert "denoising.gif: cnn is trained end to end" in capsys.readouterr().out
 
 
