@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from contextlib import contextmanager
+from functools import partial
 from urllib.parse import urlsplit
 
 import psutil
@@ -53,7 +54,7 @@ def serve(watched, *argv):
     path = os.pathsep.join([str(watched.parent), *filter(None, sys.path)])
     environment = os.environ | lures | proxies | {"WATCHED": str(watched), "PYTHONPATH": path}
     command = [sys.executable, "-m", "noprop_dist.demo", *argv]
-    heard = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # noqa: E731 - a shell's background jobs ignore it
+    heard = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # a shell's background jobs ignore it
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     with subprocess.Popen(command, env=environment, preexec_fn=heard, **pipes) as process:
         try:
