@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import os
 import re
 import sys
@@ -32,6 +33,7 @@ class Parser(argparse.ArgumentParser):
 
 def run(main: Callable[[list[str]], None]) -> NoReturn:
     """Call ``main`` with the arguments and exit: 0; 2 for a user's mistake; 1 when another rank failed; 130 for Ctrl-C."""
+    gc.freeze()  # what has been imported stays: to look through it at every collection and at the exit took a second
     if code := answer(main, sys.argv[1:]):
         _leave(code)
     sys.exit(0)

@@ -206,7 +206,7 @@ class InferenceCard(Section):
     """Early exit: use only the first so many blocks."""
     solver: Literal["auto", "sde", "euler", "midpoint", "heun", "rk4", "dopri5"] = "auto"
     """ct, fm: from z_0 to z_1. sde (ct): ancestral steps, eqs 3-5 on a fine grid; the others: the probability-flow ODE (ct) or
-    eq 10's flow (fm) by torchdiffeq. auto: sde for ct, heun for fm."""
+    eq 10's flow (fm), dopri5 by torchdiffeq. auto: sde for ct, heun for fm."""
     steps: int = Field(50, ge=1, le=100_000)
     """ct, fm: steps from 0 to 1, shared among the blocks by their intervals. dopri5 chooses its own."""
     tolerance: float = Field(1e-3, ge=1e-6)

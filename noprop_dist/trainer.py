@@ -74,8 +74,8 @@ class Trainer:
             raise PeerError(f"{error}; {self._rescue(start)}") from error
 
     def begin(self, checkpoint: Path | None) -> RunLog:
-        """Take ``checkpoint``, or a fresh start, as what :meth:`steps` goes on from. The log has a screen once
-        it is entered."""
+        """Take ``checkpoint``, or a fresh start, as what :meth:`steps` goes on from. The log has a screen once it is
+        entered."""
         self._prepare_labels(checkpoint)
         skips = [learner.skips for learner in (*self.blocks.values(), self.labels)]
         return RunLog(self.card, self.info, self.world, self.placement, self.folder, self.total, checkpoint, skips)

@@ -20,7 +20,7 @@ STEPS = 400
 SETTINGS = {
     "data": {"batch_size": 16},
     "model": {"blocks": 2},
-    "train": {"steps": STEPS, "checkpoint_every": 25, "eval_every": STEPS},
+    "train": {"steps": STEPS, "checkpoint_every": 25, "eval_every": STEPS, "pictures": False},
     "parallel": {"timeout": 10},
 }
 ARGUMENTS = [

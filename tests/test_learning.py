@@ -101,7 +101,7 @@ def test_wrong_labels_are_wrong_and_as_frequent_as_asked(small_card):
 def test_learned_embeddings_keep_apart_and_their_spread_is_logged(small_card):
     """At a learning rate that lets rows collapse within these steps, were they drawn to each other."""
     learned = {"embedding": "learned", "embedding_dim": 12, "embedding_lag": 1}
-    card = small_card(model=learned, train={"steps": 200}, optim={"lr": 0.02})
+    card = small_card(model=learned, train={"steps": 200, "eval_every": 0, "checkpoint_every": 0}, optim={"lr": 0.02})
     model = train(card).model
     assert model.labels.spread() > 1
     expected = min(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -15,7 +16,7 @@ from PIL import Image
 from sklearn.datasets import load_digits
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from noprop_dist import Card, NoPropModel
+from noprop_dist import Card, NoPropModel, evaluate
 from noprop_dist.cards import load_card
 from noprop_dist.data import open_data
 from noprop_dist.launcher import dry_run
@@ -32,6 +33,13 @@ def run(*command: str, cwd: Path, expect: int = 0, **env: str) -> subprocess.Com
     result = subprocess.run(command, cwd=cwd, env={**os.environ, **env}, capture_output=True, text=True, timeout=240)
     assert result.returncode == expect, f"exit {result.returncode}\n{result.stdout}\n{result.stderr}"
     return result
+
+
+def evaluated(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
+    """What evaluate prints, without a process of its own."""
+    capsys.readouterr()
+    evaluate.main([str(word) for word in arguments])
+    return capsys.readouterr().out
 
 
 def files(folder: Path) -> dict[str, bytes]:
@@ -96,26 +104,25 @@ def test_trace_prints_every_message_and_their_sum_is_the_counter(trained):
         assert sum(int(size) for name, *_, size in traced if name == kind) == count, kind
 
 
-def test_evaluate_repeats_the_run_to_the_last_digit(trained):
+def test_evaluate_repeats_the_run_to_the_last_digit(trained, capsys):
     folder, _ = trained
     summary = json.loads((folder / "summary.json").read_text())
-    for place in (folder, folder / "model"):
-        found = json.loads(run(*PYTHON, "noprop_dist.evaluate", str(place), cwd=folder).stdout)
+    printed = [run(*PYTHON, "noprop_dist.evaluate", str(folder), cwd=folder).stdout, evaluated(capsys, folder / "model")]
+    for found in map(json.loads, printed):
         assert found["accuracy"] == summary["accuracy"] and found["test_accuracy"] == summary["test_accuracy"]
         assert found["blocks"] == [block["accuracy"] for block in summary["blocks"]]
 
 
-def test_a_cut_off_run_is_evaluated_at_its_newest_checkpoint(trained, tmp_path):
+def test_a_cut_off_run_is_evaluated_at_its_newest_checkpoint(trained, tmp_path, capsys):
     folder, _ = trained
-    run("cp", "-r", str(folder / "checkpoints"), str(tmp_path), cwd=tmp_path)
-    found = json.loads(run(*PYTHON, "noprop_dist.evaluate", str(tmp_path), cwd=tmp_path).stdout)
+    shutil.copytree(folder / "checkpoints", tmp_path / "checkpoints")
+    found = json.loads(evaluated(capsys, tmp_path))
     assert found["accuracy"] == json.loads((folder / "summary.json").read_text())["accuracy"]
 
 
-def test_early_exit_uses_only_the_first_blocks(trained):
+def test_early_exit_uses_only_the_first_blocks(trained, capsys):
     folder, _ = trained
-    command = [*PYTHON, "noprop_dist.evaluate", "--inference.blocks", "2", "--inference.path", "stochastic", str(folder)]
-    found = json.loads(run(*command, cwd=folder).stdout)
+    found = json.loads(evaluated(capsys, "--inference.blocks", "2", "--inference.path", "stochastic", folder))
     whole = json.loads((folder / "summary.json").read_text())
     assert found["blocks"] == [block["accuracy"] for block in whole["blocks"]][:2]
     assert found["test_accuracy"] == found["accuracy"]["stochastic"] != whole["accuracy"]["stochastic"]

@@ -7,7 +7,6 @@ from itertools import pairwise
 
 import torch
 from torch import Tensor
-from torchdiffeq import odeint
 
 from noprop_dist.config import InferenceCard, UserError
 from noprop_dist.method.base import Denoise, over_chains
@@ -54,6 +53,8 @@ def step(velocity: Velocity, z: Tensor, start: Tensor, end: Tensor, solver: str)
 
 
 def _adaptive(velocity: Velocity, z: Tensor, ends: Tensor, tolerance: float) -> Tensor:
+    from torchdiffeq import odeint  # here, for it brings scipy.integrate: half a second at every start
+
     # without step_t it would step beyond the end, where there is no time, and interpolate
     options = {"step_t": ends}
     try:

@@ -11,7 +11,6 @@ from typing import cast
 
 import torch
 from torch import Tensor, nn
-from torchdiffeq import odeint_adjoint
 
 from noprop_dist.config import Card, InferenceCard, UserError
 from noprop_dist.method.solve import integrate
@@ -82,6 +81,8 @@ class Adjoint(Block):
         with full(z.device):
             if not torch.is_grad_enabled():
                 return integrate(velocity, z, torch.linspace(0, 1, self._steps + 1, dtype=torch.float64), HEUN)
+            from torchdiffeq import odeint_adjoint  # here, see method.solve
+
             # What v reads beside z and t: no part of the ODE's state, so torchdiffeq gives it no gradient without being told.
             inputs = [features, embedding, *(p for part in (self.label, self.time, self.fuse) for p in part.parameters())]
             times = torch.tensor([0.0, 1.0], device=z.device)  # with all steps' times, z would be kept at each

@@ -36,6 +36,10 @@ def test_the_middle_of_a_long_picture_is_kept():
     assert fit(page.transpose(Image.Transpose.ROTATE_90), (1, 10, 10)).float().mean() > 190
 
 
+def test_a_line_of_pixels_is_not_blown_up_to_be_thrown_away():
+    assert fit(Image.new("L", (1, 60_000_000), 7), (1, 28, 28)).unique().tolist() == [7]  # 28 times as wide: 47 GB
+
+
 def test_transparent_drawings_are_laid_where_they_can_be_seen():
     dark, light = to_eight_bits(transparent(20)), to_eight_bits(transparent(240))
     assert (dark.getpixel((0, 0)), light.getpixel((0, 0))) == ((255, 255, 255), (0, 0, 0))

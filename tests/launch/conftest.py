@@ -32,7 +32,7 @@ class Cluster:
     pid: int
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     """Two CPUs, started as a user does, on ports and in a folder of its own."""
     port, dashboard, client = (free_port() for _ in range(3))

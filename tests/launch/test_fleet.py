@@ -36,7 +36,7 @@ def small(folder: Path, **sections: dict[str, Any]) -> Card:
     settings: dict[str, dict[str, Any]] = {
         "data": {"batch_size": 16, "augment": "crop"},
         "model": {"blocks": 4, "backbone": "mlp", "embedding": "learned", "embedding_lag": 7},
-        "train": {"steps": STEPS, "checkpoint_every": 10},
+        "train": {"steps": STEPS, "checkpoint_every": 10, "pictures": False},
         "parallel": {"threads": 1},
         "run": {"dir": str(folder / "runs"), "name": "run"},
     }
@@ -127,22 +127,25 @@ def test_workers_are_killed_and_join_late_and_the_end_is_that_of_one_rank(cluste
     train(alone)
     process = fleet(card, "--workers", "5", address=cluster.address, folder=tmp_path)  # one more than there is room for
 
-    def finished(worker: str = "") -> int:
+    def finished() -> int:
         stretches = RunFolder(card.run.dir / "run").path / "fleet.jsonl"
-        return len([line for line in stretches.open() if worker in line]) if stretches.exists() else 0
+        return len(stretches.read_text().splitlines()) if stretches.exists() else 0
 
-    def pid(worker: int) -> int:
-        found = re.search(rf"worker {worker} joins: pid (\d+)", log.read_text())
-        return int(found[1]) if found else 0
+    def joined(count: int) -> tuple[str, int]:
+        """The name and process of the worker that joined as number ``count``, whichever it is."""
+        wait_until(lambda: log.read_text().count(" joins: pid ") >= count, log, process=process)
+        name, pid = re.findall(r"(worker \d+) joins: pid (\d+)", log.read_text())[count - 1]
+        return name, int(pid)
 
-    os.kill(wait_until(lambda: pid(1), log, process=process), signal.SIGKILL)
+    os.kill(joined(1)[1], signal.SIGKILL)
     wait_until(lambda: finished() >= 3, log, process=process)
-    os.kill(wait_until(lambda: pid(3), log, process=process), signal.SIGKILL)
-    os.kill(wait_until(lambda: pid(4), log, process=process), signal.SIGSTOP)
+    os.kill(joined(2)[1], signal.SIGKILL)
+    stopped, pid = joined(3)
+    os.kill(pid, signal.SIGSTOP)
     cluster.add(1)
     assert process.wait(240) == 0, log.read_text()
     assert end_files(card) == end_files(alone)
-    assert "is lost; block" in log.read_text() and "worker 4 has not got on with block" in log.read_text()
+    assert "is lost; block" in log.read_text() and f"{stopped} has not got on with block" in log.read_text()
     assert not RunFolder(card.run.dir / "run").alone.exists(), "the run's own checkpoint has all of it"
     summary = json.loads((card.run.dir / "run/summary.json").read_text())
     assert summary["steps"] == STEPS and summary["seconds"] > 0 and summary["bytes_per_step"] > 0
