@@ -15,8 +15,7 @@ import io
 import os
 import tempfile
 import threading
-import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -34,6 +33,8 @@ SHOWN = 10
 """Classes that are shown, at most: those most believed in."""
 PACE = 0.25
 """Seconds that a step stays when they are played."""
+LETTERS = 24
+"""That fit above the steps, on a phone; names of some steps are left out where there are more."""
 LARGEST = "64mb"
 """Of a picture that is dropped."""
 
@@ -95,7 +96,7 @@ def build(gr: Any, model: NoPropModel) -> Any:
     """The page, as gradio's Blocks; ``gr`` is gradio."""
     classes = model.info.classes
     with gr.Blocks(title="NoProp: from noise to a label", analytics_enabled=False) as page:
-        course = gr.State()
+        course, playing = gr.State(), gr.Timer(PACE, active=False)
         gr.HTML(_introduction(model))
         with gr.Row():
             with gr.Column(scale=4, min_width=300), gr.Tabs(selected="draw" if model.info.name in INKS else "drop"):
@@ -118,6 +119,7 @@ def build(gr: Any, model: NoPropModel) -> Any:
             shown = {
                 trouble: gr.HTML(f'<p class="trouble" role="alert">{html.escape(error)}</p>', visible=bool(error)),
                 seen: _seen(image), answer: None, beliefs: "", course: None, steps: gr.Row(visible=False),
+                playing: gr.Timer(active=False),
             }  # fmt: skip
             if image is None:
                 return shown
@@ -130,6 +132,7 @@ def build(gr: Any, model: NoPropModel) -> Any:
                 beliefs: draw(found, classes, 0),
                 steps: gr.Row(visible=last > 0),
                 step: gr.Slider(0, max(1, last), 0),
+                playing: gr.Timer(active=last > 0),
             }
 
         def drawn(url: str) -> dict[Any, Any]:
@@ -146,20 +149,22 @@ def build(gr: Any, model: NoPropModel) -> Any:
             except UserError as error:
                 return name(None, str(error).replace(path, Path(path).name))
 
-        def look(course: Beliefs | None, number: int) -> str:
-            return draw(course, classes, number) if course else ""
+        def look(course: Beliefs | None, number: int, *, plays: bool = False) -> tuple[int, str, Any]:
+            """The page after so many steps; ``plays``: more of them come by themselves."""
+            last = len(course.steps) if course else 0
+            number = min(number, last)
+            return number, draw(course, classes, number) if course else "", gr.Timer(active=plays and number < last)
 
-        def play(course: Beliefs | None) -> Iterator[tuple[int, str]]:
-            for number in range(len(course.told) if course else 0):
-                yield number, look(course, number)
-                time.sleep(PACE)
-
-        quiet = {"show_progress": "hidden", "trigger_mode": "always_last"}
-        shown = [trouble, seen, answer, beliefs, course, steps, step]
-        playing = gr.on([course.change, again.click], play, course, [step, beliefs], **quiet)
+        # one after the other, so that a step that is on its way does not end up in another picture's beliefs
+        quiet = {"show_progress": "hidden", "concurrency_id": "page"}
+        shown = [trouble, seen, answer, beliefs, course, steps, step, playing]
         for happens, widget, answered in ((paper.input, paper, drawn), (file.change, file, dropped)):
-            happens(None, cancels=playing).then(answered, widget, shown, **quiet)
-        step.input(None, cancels=playing).then(look, [course, step], beliefs, **quiet)
+            happens(answered, widget, shown, trigger_mode="always_last", **quiet)
+        looked = [step, beliefs, playing]
+        held = {"fn": lambda course, number: look(course, number)[1:], "outputs": looked[1:]}  # it is where the user has it
+        step.input(inputs=[course, step], trigger_mode="always_last", **held, **quiet)
+        again.click(lambda course: look(course, 0, plays=True), course, looked, **quiet)
+        playing.tick(lambda course, number: look(course, number + 1, plays=True), [course, step], looked, **quiet)
     return page
 
 
@@ -189,8 +194,9 @@ def draw(beliefs: Beliefs, classes: Sequence[str], step: int) -> str:
             f'<tr class="{"best" if beliefs.told[-1][index] == best else ""}"><th>{html.escape(classes[index])}</th>{cells}'
             f'<td class="bar"><b style="width: {told[index]:.1%}"></b><span>{told[index]:.0%}</span></td></tr>'
         )
+    every = -(-sum(map(len, beliefs.steps)) // LETTERS) or 1
     heads = "".join(
-        f'<th class="{"now" if number == step else ""}">{html.escape(name)}</th>'
+        f'<th class="{"now" if number == step else ""}">{"" if (number - 1) % every else html.escape(name)}</th>'
         for number, name in enumerate(beliefs.steps, 1)
     )
     wide = min(12, max(len(classes[index]) for index in chosen)) + 2
@@ -207,10 +213,12 @@ def _introduction(model: NoPropModel) -> str:
     known = ", ".join(model.info.classes[:SHOWN]) + (", …" if many > SHOWN else "")
     how = "This model was trained by ordinary back-propagation, so it has an answer, but no blocks to watch."
     if card.method.name in LOCAL_METHODS:
-        blocks = f"{card.model.blocks} blocks" if card.model.blocks > 1 else "one block"
         how = (
-            f"A network of {blocks}, each trained alone: no gradient ever passed between them. Knowing nothing at first, "
-            "they look at your picture one after the other, and each cleans the noise off a label a little more."
+            f"A network of {card.model.blocks} blocks, each trained alone: no gradient ever passed between them. Knowing "
+            "nothing at first, they look at your picture one after the other; each cleans the noise off a label a little more."
+            if card.model.blocks > 1
+            else "One block that cleans noise off a label. Knowing nothing at first, it looks at your picture again and again, "
+            "and each time cleans a little more."
         )
     return f"<h1>From noise to a label</h1><p>{how}</p><p>It knows: <b>{html.escape(known)}</b>.</p>"
 
@@ -265,7 +273,7 @@ CSS = """
 .trouble { border-left: 4px solid #D55E00; padding: 8px 12px; background: #D55E0018 }
 .beliefs { width: 100%; table-layout: fixed; border-collapse: separate; border-spacing: 3px; font-size: 13px }
 .beliefs th { font-weight: normal; padding: 1px 0; text-align: center }
-.beliefs tr:nth-child(2) th { font-size: 11px }
+.beliefs tr:nth-child(2) th { font-size: 11px; text-wrap: nowrap }
 @media (max-width: 640px) { .beliefs tr:nth-child(2) th { font-size: 9px } }
 .beliefs th:first-child { text-align: right; padding-right: 4px; overflow: hidden; text-overflow: ellipsis; text-wrap: nowrap }
 .beliefs th:last-child { width: 36% }

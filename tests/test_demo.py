@@ -183,6 +183,8 @@ def test_beliefs_grow_from_nothing_to_the_answer(method, blocks, steps):
         seen = [float(share) for share in re.findall(r"opacity: ([0-9.]+)", table)]
         assert len(seen) == 10 * len(beliefs.steps)
         assert sum(seen) == pytest.approx(step, abs=0.02), "what is not said yet is seen"
+        heads = re.findall(r'<th class="(?:now)?">([^<]+)</th>', table)
+        assert sum(map(len, heads)) <= demo.LETTERS + 4 and heads[:1] == beliefs.steps[:1], "names run into each other"
 
 
 def test_of_many_classes_those_most_believed_in_are_drawn_and_names_are_no_html():

@@ -77,6 +77,17 @@ def test_ink_is_brought_to_the_size_and_place_of_mnist():
     assert pixels.max() == 255 and pixels[0, 0] == 0
 
 
+def test_ink_of_mnist_is_centred_by_its_mass():
+    page = Image.new("L", (300, 300), "white")
+    draw = ImageDraw.Draw(page)
+    draw.rectangle((50, 50, 110, 250), fill=0)
+    draw.rectangle((50, 240, 200, 250), fill=0)  # a heavy bar on its left, a thin foot to the right
+    ink = to_pixels(page, MNIST)[0].float()
+    mass = (ink.sum(dim=0) * (torch.arange(28) + 0.5)).sum() / ink.sum()
+    columns = torch.nonzero(ink.amax(0) > 30).flatten()
+    assert mass == pytest.approx(14, abs=0.5) and (columns[0] + columns[-1] + 1) / 2 > 15
+
+
 def test_nothing_is_cut_off_whatever_its_centre_of_mass():
     page = Image.new("L", (300, 300), "white")
     draw = ImageDraw.Draw(page)
@@ -166,7 +177,7 @@ def test_a_huge_picture_needs_a_few_times_its_own_memory(tmp_path):
 
 
 def test_a_small_drawing_in_a_large_jpeg_is_decoded_finely_enough(tmp_path):
-    on_paper(digit(4), (1000, 800), 40, (700, 100)).save(tmp_path / "scan.jpg")
+    on_paper(digit(4), (1000, 800), 20, (700, 100)).save(tmp_path / "scan.jpg")
     model = load("digits")
     assert model.predict(read_picture(tmp_path / "scan.jpg", model.info)[None]).tolist() == [4]
 
