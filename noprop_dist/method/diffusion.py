@@ -89,7 +89,16 @@ def _ancestral(walk: Walk, gamma: Gamma, z: Tensor, grid: Tensor, noise: Noise, 
 
 def _flow(walk: Walk, gamma: Gamma, time: Tensor, z: Tensor) -> Tensor:
     """dz/dt = −γ′/2·(√ᾱ·û − ᾱ·z), what carries every z_t = √ᾱ·u + √(1−ᾱ)·ε along with its ε kept."""
-    at = time.to(z).reshape(1)  # of a scalar, torch would make the slope a float64
-    level, slope = cast(tuple[Tensor, Tensor], torch.func.jvp(gamma, (at,), (torch.ones_like(at),)))
+    level, slope = _with_slope(gamma, time.to(z).reshape(1))  # of a scalar, torch would make the slope a float64
     alpha_bar = torch.sigmoid(-level)
     return (-slope / 2 * (alpha_bar.sqrt() * walk(time, z) - alpha_bar * z)).to(z.dtype)
+
+
+def _with_slope(gamma: Gamma, time: Tensor) -> tuple[Tensor, Tensor]:
+    """γ and γ′ at a time (1,)."""
+    if torch.compiler.is_exporting():  # what is exported can be differentiated forwards alone, which takes ten times as long
+        return cast(tuple[Tensor, Tensor], torch.func.jvp(gamma, (time,), (torch.ones_like(time),)))
+    with torch.enable_grad():
+        at = time.detach().requires_grad_()
+        level = gamma(at)
+        return level.detach(), torch.autograd.grad(level, at)[0]
