@@ -1,8 +1,8 @@
 """RUN/trace.json: what all ranks did when, in Chrome's trace-event format, which Perfetto and chrome://tracing open.
 
-A process there is a rank. Its spans do not overlap: training, evaluation and saving, each without the waiting in it,
- and waiting (reading: for pictures to be read). Messages that it sent go on beside them. The counter tells of the
-whole run, spans of its first and its last steps. Times are microseconds from when the first rank began.
+A process there is a rank. Its spans do not overlap: training, evaluation, drawing (pictures for TensorBoard) and saving, each
+without the waiting in it, and waiting (reading: for pictures to be read). Messages that it sent go on beside them. The counter
+tells of the whole run, spans of its first and its last steps. Times are microseconds from when the first rank began.
 """
 
 from __future__ import annotations

@@ -218,7 +218,8 @@ class Trainer:
         if scores is not None:
             log.scores(scores)
         if viewing is not None:
-            self.pictures.show(self.world.step, viewing, last=self.world.step == self.total)
+            with self.world.traffic.spans.during("drawing", self.world.step):
+                self.pictures.show(self.world.step, viewing, last=self.world.step == self.total)
         return scores
 
     def _score(self, batches: Iterator[Batch], *, view: bool = False) -> tuple[Scores | None, Viewing | None]:

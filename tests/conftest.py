@@ -23,8 +23,8 @@ LAUNCH = Path(__file__).parent / "launch"
 @pytest.hookimpl(tryfirst=True)  # xdist's own, which reads the groups, comes after
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """For ``--dist loadgroup``: a file's tests share its fixtures, so they stay together; those that start clusters, which take
-    longest, come first, and not two at once."""
-    items.sort(key=lambda item: LAUNCH not in item.path.parents)
+    longest, come first, and not two at once; then the notebooks, which would be late else."""
+    items.sort(key=lambda item: (LAUNCH not in item.path.parents, item.path.suffix != ".ipynb"))
     for item in items:
         item.add_marker(pytest.mark.xdist_group("launch" if LAUNCH in item.path.parents else str(item.path)))
 

@@ -81,10 +81,11 @@ def test_every_step_evaluation_and_checkpoint_is_there_and_nothing_overlaps(trac
             steps[event["cat"]].add(event["args"]["step"])
         assert set(range(12)) <= steps["training"]
         assert steps["evaluation"] == {6, 12} and steps["saving"] == {5, 10, 12}
+        assert steps["drawing"] <= {6, 12} and 12 in steps["drawing"] if rank == 0 else not steps["drawing"]
         for one, other in pairwise(mine):
             assert one["ts"] + one["dur"] <= other["ts"] + 0.1, (one, other)  # rounded to 0.1 µs
     assert {event["cat"] for event in found["traceEvents"] if "cat" in event and event["pid"] == 0} == {
-        "training", "evaluation", "saving", "waiting", "reading", "sending",
+        "training", "evaluation", "drawing", "saving", "waiting", "reading", "sending",
     }  # fmt: skip
 
 
@@ -159,7 +160,7 @@ def test_a_picture_has_a_lane_for_every_rank_and_steps_from_the_middle_between_t
     training = [Span("training", "", step, at[step], at[step] + 1.0, 0) for step in range(40)]
     waiting = [Span("waiting", "batches", step, at[step], at[step] + 0.5, 0) for step in range(40)]
     evaluation = [Span("evaluation", "", 20, 20.0, 21.0, 0)]
-    overview = [[0.9] * 41, [0.0] * 41, [0.0] * 41, [0.1] * 41]
+    overview = [[0.9] * 41, [0.0] * 41, [0.0] * 41, [0.0] * 41, [0.1] * 41]
     records = [
         Record(0, training + evaluation, 0.0, 1.0, 0.0, overview),
         Record(1, training + waiting + evaluation, 0.0, 1.0, 0.0, overview),
@@ -170,7 +171,7 @@ def test_a_picture_has_a_lane_for_every_rank_and_steps_from_the_middle_between_t
     first, last = map(int, below.get_title(loc="left").split()[1].split("–"))
     assert last - first == 7 and (first == 20 or last == 19), "as many as there may be, and next to the middle"
     assert [int(text.get_text()) for text in below.texts] == [*range(first, last + 1)] * 2
-    assert len(above.patches) == 2 * 41 * 4 and below.get_xlim() == (0, 8000)
+    assert len(above.patches) == 2 * 41 * 5 and below.get_xlim() == (0, 8000)
     assert {text.get_text() for text in figure.legends[0].get_texts()} == {"training", "waiting"}
 
 

@@ -11,7 +11,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
-DOING = ("training", "evaluation", "saving")
+DOING = ("training", "evaluation", "drawing", "saving")
 WHATS = (*DOING, "waiting", "reading", "sending")
 """Reading is waiting for pictures to be read; sending goes on beside all others."""
 SHARES = (*DOING, "waiting")

@@ -15,11 +15,14 @@ if TYPE_CHECKING:
 LOOKS = {
     "training": COLOURS[0],
     "evaluation": COLOURS[3],
+    "drawing": "0.7",
     "saving": COLOURS[5],
     "reading": COLOURS[1],
     "waiting": COLOURS[4],
     "sending": COLOURS[2],
 }
+BETWEEN = ("evaluation", "drawing", "saving")
+"""What training stops for."""
 STEPS = (8, 4, 2)
 """So many are shown from close by: the first number that fits between two evaluations."""
 NAMED = 8  # ranks whose blocks are named
@@ -113,7 +116,7 @@ def _window(bars: Mapping[int, Sequence[Bar]]) -> tuple[tuple[int, int], float, 
     steps = sorted(set.intersection(*map(set, spans))) if spans else []
     if not steps:
         raise UserError("trace: no step in it that all its ranks trained; train some steps first")
-    other = [bar.begin for each in bars.values() for bar in each if bar.what in ("evaluation", "saving")]
+    other = [bar.begin for each in bars.values() for bar in each if bar.what in BETWEEN]
 
     def window(first: int, count: int) -> tuple[tuple[int, int], float, float]:
         last = max(step for step in steps if step < first + count)

@@ -92,7 +92,7 @@ def test_killed_workers_and_a_lost_disk_cost_nothing_but_time(cluster, tmp_path,
     def workers() -> list[int]:
         return [pid for pid, command in descendants(cluster.pid).items() if command.startswith("ray::RayTrainWorker")]
 
-    steps, run, copies, log = 200, tmp_path / "runs/mine", tmp_path / "runs/ray/mine", tmp_path / "log"
+    steps, run, copies, log = 120, tmp_path / "runs/mine", tmp_path / "runs/ray/mine", tmp_path / "log"
 
     def newest() -> str:
         return max((path.parent.name for path in run.glob("checkpoints/step-*/manifest.json")), default="")

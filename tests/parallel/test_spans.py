@@ -40,7 +40,7 @@ def test_however_long_a_run_is_the_first_and_last_spans_stay_and_an_overview_of_
     ]
     assert kept[FIRST - 1].end < noted.horizon <= kept[FIRST].end, "of the times after it nothing is forgotten"
     sums = dict(zip(SHARES, map(sum, noted.overview), strict=True))
-    assert sums == pytest.approx({"training": steps, "evaluation": steps / 2, "waiting": steps / 4, "saving": 0})
+    assert sums == pytest.approx({"training": steps, "evaluation": steps / 2, "waiting": steps / 4, "drawing": 0, "saving": 0})
     assert len(noted.overview[0]) == BINS and noted.width * BINS >= 1.75 * steps > noted.width * BINS / 2
     full = int(1.75 * steps / noted.width)
     for stretch in list(zip(*noted.overview, strict=True))[:full]:
