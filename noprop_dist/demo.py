@@ -155,14 +155,17 @@ def build(gr: Any, model: NoPropModel) -> Any:
             number = min(number, last)
             return number, draw(course, classes, number) if course else "", gr.Timer(active=plays and number < last)
 
+        def hold(course: Beliefs | None, number: int) -> tuple[str, Any]:
+            """The page where the user has moved the steps to; they stay there."""
+            return look(course, number)[1:]
+
         # one after the other, so that a step that is on its way does not end up in another picture's beliefs
         quiet = {"show_progress": "hidden", "concurrency_id": "page"}
         shown = [trouble, seen, answer, beliefs, course, steps, step, playing]
         for happens, widget, answered in ((paper.input, paper, drawn), (file.change, file, dropped)):
             happens(answered, widget, shown, trigger_mode="always_last", **quiet)
         looked = [step, beliefs, playing]
-        held = {"fn": lambda course, number: look(course, number)[1:], "outputs": looked[1:]}  # it is where the user has it
-        step.input(inputs=[course, step], trigger_mode="always_last", **held, **quiet)
+        step.input(hold, [course, step], looked[1:], trigger_mode="always_last", **quiet)
         again.click(lambda course: look(course, 0, plays=True), course, looked, **quiet)
         playing.tick(lambda course, number: look(course, number + 1, plays=True), [course, step], looked, **quiet)
     return page
