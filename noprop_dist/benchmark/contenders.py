@@ -46,6 +46,10 @@ class Contender(Protocol):
         """Train, a step for each item, without end."""
         ...
 
+
+class Racer(Contender, Protocol):
+    """A contender that can be asked how good it has become."""
+
     def accuracy(self) -> float | None:
         """On the test set, along the mean path, on rank 0; None elsewhere. Every rank calls it."""
         ...
@@ -65,7 +69,7 @@ class Trained:
         return self._trainer.steps(self._log)
 
     def accuracy(self) -> float | None:
-        """See :class:`Contender`."""
+        """See :class:`Racer`."""
         scores = self._trainer.evaluate(self._log)
         return None if scores is None else scores.mean
 
@@ -127,10 +131,6 @@ class Bare(_Alone):
         method, model = card.method.model_copy(update={"name": "backprop"}), card.model.model_copy(update={"blocks": blocks})
         part = Part(card.model_copy(update={"method": method, "model": model}), self.info, range(blocks), self.device).train()
         return part, make_optimizer(card.optim, part)
-
-    def accuracy(self) -> float | None:
-        """Not asked for: it is there for its speed."""
-        raise NotImplementedError
 
 
 class Part(nn.Module):
@@ -222,7 +222,7 @@ class Backpropagated(_Alone):
 
     @torch.no_grad()
     def accuracy(self) -> float | None:
-        """See :class:`Contender`."""
+        """See :class:`Racer`."""
         self._meet()
         save_file({name: value.contiguous() for name, value in self._part.state_dict().items()}, self._file(self._rank))
         self._meet()

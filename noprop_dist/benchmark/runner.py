@@ -13,11 +13,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, cast
 
 import torch
 
-from noprop_dist.benchmark.contenders import Backpropagated, Bare, Contender, Trained, Way
+from noprop_dist.benchmark.contenders import Backpropagated, Bare, Contender, Racer, Trained, Way
 from noprop_dist.benchmark.watch import PeakTensors, sent_bytes
 from noprop_dist.benchmark.wire import CABLE, cables, enter
 from noprop_dist.config import Card, UserError
@@ -136,7 +136,7 @@ class Race:
     """Steps after which it gives up."""
 
     def __call__(self, make: Callable[[], Contender], peers: Peers) -> list[tuple[int, float, float]]:
-        contender, course, seconds = make(), [], 0.0
+        contender, course, seconds = cast(Racer, make()), [], 0.0
         steps, finish = contender.steps(), _finish(contender)
         for done in range(self.every, self.most + 1, self.every):
             peers.meet()
